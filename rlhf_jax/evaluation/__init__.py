@@ -1,0 +1,9 @@
+"""Measures of trained models: distances between completions, memorization of planted secrets, intervals."""
+
+from rlhf_jax.evaluation.distances import edit_distance as edit_distance
+from rlhf_jax.evaluation.distances import normalized_edit_distance as normalized_edit_distance
+from rlhf_jax.evaluation.intervals import newcombe_difference as newcombe_difference
+from rlhf_jax.evaluation.intervals import wilson as wilson
+from rlhf_jax.evaluation.memorization import MEMORIZED_DISTANCE as MEMORIZED_DISTANCE
+from rlhf_jax.evaluation.memorization import memorization_table as memorization_table
+from rlhf_jax.evaluation.memorization import persistence as persistence

@@ -1,0 +1,7 @@
+"""The shared decoder, its adapters and its heads."""
+
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.transformer import Transformer
+
+__all__ = ["LoraConfig", "Transformer", "TransformerConfig"]

@@ -1,0 +1,25 @@
+"""Scalar heads: one number a token from the final hidden state, for value, reward (and later cost)."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+AXES = {"kernel": (None, None), "bias": (None,)}
+
+
+def init_head(width: int, scale: float, *, key: Array) -> dict[str, Array]:
+    """A head {"kernel": (width, 1), "bias": (1,)} with kernel N(0, scale^2) and zero bias, float32.
+
+    A reward head takes scale 1/sqrt(width + 1) (Stiennon et al., arXiv 2009.01325), a value head beside it 0.
+    """
+    return {"kernel": scale * jax.random.normal(key, (width, 1), jnp.float32), "bias": jnp.zeros((1,), jnp.float32)}
+
+
+def apply_head(head: dict[str, Array], hidden: Array) -> Array:
+    """hidden (B, T, width) -> (B, T) float32."""
+    return jnp.dot(hidden.astype(jnp.float32), head["kernel"])[..., 0] + head["bias"][0]
+
+
+def at_last(values: Array, lengths: Array) -> Array:
+    """The value at each row's last real token: values (B, T), lengths (B,) -> (B,)."""
+    return jnp.take_along_axis(values, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]

@@ -1,0 +1,80 @@
+"""Low-rank adapters over named projections (Hu et al., arXiv 2106.09685; rsLoRA, arXiv 2312.03732).
+
+An adapter tree is {projection: {"a": (layers, d_in, rank), "b": (layers, rank, d_out)}}: a role owns one, while the
+base it reads stays frozen and shared. Every leaf takes one more leading axis (record, role or ensemble member). The
+scale is folded into `b` by `scaled`, so the model itself knows neither alpha nor rank.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models.config import TransformerConfig
+
+AXES = {
+    "q": ("embed", "heads"),
+    "k": ("embed", "kv_heads"),
+    "v": ("embed", "kv_heads"),
+    "o": ("heads", "embed"),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which projections carry adapters, of what rank and scale."""
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = tuple(AXES)
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def _width(config: TransformerConfig, projection: str) -> tuple[int, int]:
+    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "q": (config.width, query),
+        "k": (config.width, kv),
+        "v": (config.width, kv),
+        "o": (query, config.width),
+        "gate": (config.width, config.ffn),
+        "up": (config.width, config.ffn),
+        "down": (config.ffn, config.width),
+    }[projection]
+
+
+def init_adapters(config: TransformerConfig, lora: LoraConfig, *, key: jax.Array) -> dict[str, Any]:
+    """Fresh adapters: a ~ N(0, 1/d_in), b = 0, so the role starts as its base. Float32."""
+    out = {}
+    for i, target in enumerate(sorted(lora.targets)):
+        d_in, d_out = _width(config, target)
+        a = jax.random.normal(jax.random.fold_in(key, i), (config.layers, d_in, lora.rank), jnp.float32)
+        out[target] = {"a": a * d_in**-0.5, "b": jnp.zeros((config.layers, lora.rank, d_out), jnp.float32)}
+    return out
+
+
+def adapter_axes(adapters: dict[str, Any]) -> dict[str, Any]:
+    """Logical axes of an adapter tree without a leading axis."""
+    return {t: {"a": ("layers", AXES[t][0], "rank"), "b": ("layers", "rank", AXES[t][1])} for t in adapters}
+
+
+def scaled(adapters: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
+    """The adapters as the model takes them, the scale folded into b."""
+    return {t: {"a": leaf["a"], "b": leaf["b"] * lora.scale} for t, leaf in adapters.items()}
+
+
+def merge(params: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
+    """Base weights with (scaled) adapters added in: W + a @ b, in float32."""
+    layers = dict(params["layers"])
+    for target, leaf in adapters.items():
+        layers[target] = layers[target] + jnp.einsum("ldr,lro->ldo", leaf["a"], leaf["b"])
+    return {**params, "layers": layers}

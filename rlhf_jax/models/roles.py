@@ -1,0 +1,75 @@
+"""A role is a base, adapters and a head: policy, reference, value and reward differ in nothing else.
+
+Weights are a dict {"base": ..., "adapters": ..., "head": ...}, the last two where the role has them. Roles with the
+same base share its arrays. With adapters the base is frozen; without them it trains.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import heads
+from rlhf_jax.models.lora import LoraConfig, adapter_axes, merge, scaled
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.transformer import Transformer
+
+Array = jax.Array
+Weights = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleSpec:
+    """What is static about a role: the decoder's shape and its adapters' (None: every weight trains)."""
+
+    config: TransformerConfig
+    lora: LoraConfig | None = None
+
+
+def init_base(config: TransformerConfig, *, key: Array) -> dict[str, Any]:
+    """Random float32 parameters of the decoder."""
+    return nn.unbox(Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+
+
+def base_axes(config: TransformerConfig) -> dict[str, Any]:
+    """Logical axes of the decoder's parameters, a tuple a leaf."""
+    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    specs = nn.get_partition_spec(variables)["params"]
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def weight_axes(spec: RoleSpec, weights: Weights) -> Weights:
+    """Logical axes of a role's weights, for those parts that `weights` has."""
+    parts: Weights = {"base": base_axes(spec.config), "head": heads.AXES}
+    if "adapters" in weights:
+        parts["adapters"] = adapter_axes(weights["adapters"])
+    return {name: parts[name] for name in weights}
+
+
+def split(spec: RoleSpec, weights: Weights) -> tuple[Weights, Weights]:
+    """(trainable, frozen) parts: a frozen base under adapters, else everything trains."""
+    frozen = {"base"} if spec.lora else set()
+    return (
+        {name: part for name, part in weights.items() if name not in frozen},
+        {name: part for name, part in weights.items() if name in frozen},
+    )
+
+
+def scaled_adapters(spec: RoleSpec, weights: Weights) -> dict[str, Any] | None:
+    """The role's adapters as the decoder takes them, or None."""
+    return scaled(weights["adapters"], spec.lora) if spec.lora else None
+
+
+def merged_base(spec: RoleSpec, weights: Weights) -> dict[str, Any]:
+    """The base with the role's adapters added in."""
+    adapters = scaled_adapters(spec, weights)
+    return weights["base"] if adapters is None else merge(weights["base"], adapters)
+
+
+def hidden_states(spec: RoleSpec, weights: Weights, tokens: Array, **kwargs: Any) -> Array:
+    """Final hidden states (B, T, width) of the role on tokens (B, T); keywords as `Transformer` takes them."""
+    model = Transformer(spec.config)
+    adapters = scaled_adapters(spec, weights)
+    return model.apply({"params": weights["base"]}, tokens, adapters=adapters, return_hidden=True, **kwargs)

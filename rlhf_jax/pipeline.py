@@ -1,0 +1,189 @@
+"""Runs an experiment's stages in order: checks first, skips what is finished, resumes what was cut."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rlhf_jax.config import NOT_SEMANTIC, upstream, validate
+from rlhf_jax.distributed import barrier, is_main_process
+from rlhf_jax.errors import UserError
+from rlhf_jax.reporting import write_report
+from rlhf_jax.stages import memorization, ppo, prepare, reward, sft
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.checkpoints import write_json
+from rlhf_jax.training.loop import Stopped
+
+KINDS: dict[str, Any] = {
+    "prepare": prepare,
+    "sft": sft,
+    "reward": reward,
+    "ppo": ppo,
+    "memorization": memorization,
+}
+
+
+def semantic_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a stage that decide what it makes."""
+    return {name: value for name, value in config.to_dict().items() if name not in NOT_SEMANTIC}
+
+
+def identities(config: ConfigDict, order: list[str]) -> dict[str, str]:
+    """Stage -> hash of its semantic fields, the seed, and its upstream stages' identities."""
+    out: dict[str, str] = {}
+    for name in order:
+        content = {
+            "fields": semantic_fields(config.stages[name]),
+            "seed": config.seed,
+            "upstream": {u: out[u] for u in upstream(config.stages, name)},
+        }
+        out[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return out
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(dict.fromkeys([*old, *new]))
+        return [d for name in names for d in _differences(old.get(name), new.get(name), f"{where}.{name}")]
+    if json.dumps(old) == json.dumps(new):
+        return []
+    return [f"{where[1:]} was {json.dumps(old)} and is now {json.dumps(new)}"]
+
+
+def _refuse_changes(workdir: Path, config: ConfigDict, names: dict[str, str]) -> None:
+    """Raises a UserError if the work directory holds a stage that this config would make differently."""
+    for name, identity in names.items():
+        path = workdir / name / "stage.json"
+        if not path.exists():
+            continue
+        saved = json.loads(path.read_text())
+        if saved["identity"] == identity:
+            continue
+        changes = _differences(saved["fields"], json.loads(json.dumps(semantic_fields(config.stages[name]))))
+        if saved["seed"] != config.seed:
+            changes.insert(0, f"seed was {saved['seed']} and is now {config.seed}")
+        what = "; ".join(changes[:3]) or "a stage it depends on has changed"
+        raise UserError(
+            f"stage {name} in {workdir} was made by another config ({what}): use a new --workdir, or set the old value back"
+        )
+
+
+def _write_summary(workdir: Path, config: ConfigDict, order: list[str]) -> None:
+    results = {}
+    for name in order:
+        path = workdir / name / "result.json"
+        if path.exists():
+            results[name] = json.loads(path.read_text())
+    summary = {
+        "seed": config.seed,
+        "jax": jax.__version__,
+        "devices": [str(d.device_kind) for d in jax.devices()[:1]] + [jax.device_count()],
+        "seconds": {name: result["seconds"] for name, result in results.items()},
+        "stages": {name: result["figures"] for name, result in results.items()},
+    }
+    write_json(workdir / "summary.json", summary)
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(text, flush=True)
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    """The scalar figures of a result, for the console."""
+    shown = []
+    for name, value in figures.items():
+        if isinstance(value, bool | str) or not isinstance(value, int | float) or name.endswith(("_low", "_high")):
+            continue
+        low, high = figures.get(f"{name}_low"), figures.get(f"{name}_high")
+        interval = f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""
+        shown.append(f"{name} {value:.4g}{interval}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(shown)
+
+
+def plan(config: ConfigDict, workdir: Path) -> str:
+    """What a run would do: stages in order, their state, mesh, batch layout. Nothing is written."""
+    order = validate(config)
+    _refuse_changes(workdir, config, identities(config, order))
+    lines = [f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), work directory {workdir}"]
+    for number, name in enumerate(order, 1):
+        fields = config.stages[name]
+        done = (workdir / name / "result.json").exists()
+        begun = (workdir / name / "checkpoints").exists()
+        lines.append(
+            f"[{number}/{len(order)}] {name} ({fields.kind}): {'finished' if done else 'resumes' if begun else 'to run'}"
+        )
+        if "mesh" in fields:
+            mesh = Context(name, config, workdir, "").mesh()
+            lines.append("      mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
+        if "optimizer" in fields:
+            lora = f"adapters of rank {fields.lora.rank}" if fields.lora.rank else "every weight trains"
+            per = fields.batch_size // (fields.accumulation * fields.get("minibatches", 1))
+            lines.append(f"      init {fields.init}, {lora}, batch {fields.batch_size} in microbatches of {per} rows")
+    return "\n".join(lines)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs every stage that is not finished, then writes `summary.json` and `report.html`.
+
+    Raises:
+      UserError: something the user can mend, found before the first compilation where possible.
+      Stopped: a signal came; the running stage is saved.
+    """
+    order = validate(config)
+    names = identities(config, order)
+    _refuse_changes(workdir, config, names)
+    bases: dict[str, Any] = {}
+    contexts = {name: Context(name, config, workdir, names[name], bases) for name in order}
+    waiting = [name for name in order if not (workdir / name / "result.json").exists()]
+    for name in waiting:
+        kind = KINDS[config.stages[name].kind]
+        if hasattr(kind, "check"):
+            kind.check(contexts[name])
+
+    if is_main_process():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", config.to_dict())
+    for number, name in enumerate(order, 1):
+        title = f"[{number}/{len(order)}] {name} ({config.stages[name].kind})"
+        if name not in waiting:
+            _say(f"{title}: finished before, skipped")
+            continue
+        _say(title)
+        _run_stage(contexts[name])
+    _write_summary(workdir, config, order)
+    if is_main_process():
+        _say(f"report: {write_report(workdir)}")
+    barrier("run finished")
+
+
+def _run_stage(context: Context) -> None:
+    config, start = context.config, time.monotonic()
+    stage_file = context.folder / "stage.json"
+    if is_main_process():
+        context.folder.mkdir(exist_ok=True)
+    barrier(f"folder {context.name}")
+    before = json.loads(stage_file.read_text())["seconds"] if stage_file.exists() else 0.0
+
+    def note(seconds: float) -> None:
+        fields = {"identity": context.identity, "seed": context.seed, "fields": semantic_fields(config)}
+        write_json(stage_file, {**fields, "seconds": seconds})
+
+    barrier(f"begin {context.name}")
+    note(before)
+    try:
+        result = KINDS[config.kind].run(context)
+    except Stopped:
+        note(before + time.monotonic() - start)
+        raise
+    seconds = before + time.monotonic() - start
+    write_json(
+        context.folder / "result.json",
+        {"stage": context.name, "kind": config.kind, "identity": context.identity, "seconds": seconds, **result},
+    )
+    barrier(f"end {context.name}")
+    _say(f"  {_headline(result['figures'])}\n  {seconds:.0f} s")

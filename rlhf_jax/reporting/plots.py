@@ -1,0 +1,197 @@
+"""Plots of a report. Each function returns one SVG string to stand inside an HTML page, with axis labels and units."""
+
+import io
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's palette, told apart by colour-blind readers; blue and orange are the furthest apart in grey too.
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+FIGURE_SIZE = (4.4, 2.9)  # inches; small, so that the text stays readable on a telephone
+MAX_POINTS = 400  # longer curves show means of consecutive points
+
+_STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#8a94a3",
+    "axes.formatter.limits": (-3, 5),
+    "axes.grid": True,
+    "axes.labelcolor": "#3c4656",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 9.5,
+    "grid.color": "#e3e7ed",
+    "hatch.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlhf_jax",
+    "text.parse_math": False,
+    "xtick.color": "#5a6575",
+    "ytick.color": "#5a6575",
+}
+
+Points = tuple[Sequence[float], Sequence[float]]
+Estimate = tuple[float | None, ...]  # value, low, high
+
+
+def time_bars(seconds: Mapping[str, float]) -> str:
+    """Horizontal bars of wall time by stage, the first on top, in the unit that suits the longest.
+
+    Args:
+        seconds: stage -> wall time in seconds.
+    """
+    longest = max(seconds.values())
+    unit, scale = ("hours", 3600) if longest >= 7200 else ("minutes", 60) if longest >= 120 else ("seconds", 1)
+    values = [value / scale for value in seconds.values()]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(FIGURE_SIZE[0], 0.75 + 0.28 * len(values)))
+        axes = figure.subplots()
+        bars = axes.barh(list(seconds), values, color=BLUE, height=0.62)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8.5, color="#3c4656")
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"wall time ({unit})")
+        return _svg(figure)
+
+
+def curves(
+    series: Mapping[str, Points], x_label: str, y_label: str, *, limits: Mapping[str, float] | None = None
+) -> str:
+    """Lines against steps or iterations; points that are not finite are left out.
+
+    Args:
+        series: label -> (x, y). A series of few points, as of an evaluation, is marked point by point.
+        x_label, y_label: axis labels with units.
+        limits: label -> height of a dashed horizontal line.
+    """
+    with rc_context(_STYLE):
+        figure, axes = _axes(x_label, y_label)
+        for i, (label, (x, y)) in enumerate(series.items()):
+            x, y = _binned(*_finite(x, y))
+            marker = {"marker": "o", "markersize": 3.5} if len(x) <= 30 else {}
+            axes.plot(x, y, color=PALETTE[i % len(PALETTE)], label=label, **marker)
+        for label, height in (limits or {}).items():
+            axes.axhline(height, color=RED, linestyle="--", linewidth=1.2, label=label)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if len(axes.lines) > 1:
+            _legend(axes)
+        return _svg(figure)
+
+
+def reward_against_kl(
+    training: Points, evaluation: Points, *, kl_limit: float | None = None, start_score: float | None = None
+) -> str:
+    """Reward against KL from the reference policy, in order of training: what each nat bought.
+
+    Args:
+        training: (KL, reward) of each iteration, on the training prompts.
+        evaluation: the same of each evaluation, on held-out prompts.
+        kl_limit: the largest KL that counts as a success, a dashed vertical line.
+        start_score: reward of the starting policy, which stands at a KL of 0.
+    """
+    with rc_context(_STYLE):
+        figure, axes = _axes("KL from the reference (nats per sequence)", "reward model score")
+        kl, reward = _binned(*_finite(*training))
+        axes.plot(kl, reward, color=SKY, linewidth=0.8, marker=".", markersize=4, label="training prompts")
+        kl, reward = _finite(*evaluation)
+        if kl:
+            axes.plot(kl, reward, color=BLUE, marker="o", markersize=5, label="held-out prompts")
+        if start_score is not None and math.isfinite(start_score):
+            axes.plot([0], [start_score], color=ORANGE, marker="*", markersize=13, linestyle="none", label="SFT policy")
+        if kl_limit is not None and math.isfinite(kl_limit):
+            axes.axvline(kl_limit, color=RED, linestyle="--", linewidth=1.2, label="KL limit")
+        _legend(axes)
+        return _svg(figure)
+
+
+def interval_bars(
+    categories: Sequence[str],
+    series: Mapping[str, Sequence[Estimate]],
+    x_label: str,
+    y_label: str,
+    *,
+    title: str,
+    baselines: Collection[str] = (),
+) -> str:
+    """Grouped bars of rates with their confidence intervals, on an axis of 0 to 100 %.
+
+    Args:
+        categories: the C groups of bars, left to right.
+        series: label -> C estimates (value, low, high) as shares of 1; None or NaN leaves a gap.
+        x_label, y_label: axis labels with units.
+        title: stands above the axes.
+        baselines: labels of series drawn pale and hatched, in the colour of the series before them.
+    """
+    width = 0.8 / len(series)
+    colors, color = iter(PALETTE), BLUE
+    with rc_context(_STYLE):
+        figure, axes = _axes(x_label, y_label)
+        for i, (label, estimates) in enumerate(series.items()):
+            if label in baselines:
+                face = {"facecolor": color + "30", "hatch": "////"}
+            else:
+                color = next(colors)
+                face = {"facecolor": color}
+            drawn = [
+                (k + (i - (len(series) - 1) / 2) * width, *(100 * value for value in estimate if value is not None))
+                for k, estimate in enumerate(estimates)
+                if all(value is not None and math.isfinite(value) for value in estimate)
+            ]
+            if not drawn:
+                continue
+            x, value, low, high = zip(*drawn, strict=True)
+            axes.bar(x, value, width * 0.92, edgecolor=color, linewidth=0.8, label=label, **face)
+            middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+            half = [(b - a) / 2 for a, b in zip(low, high, strict=True)]
+            axes.errorbar(x, middle, yerr=half, fmt="none", ecolor="#2b3442", elinewidth=1, capsize=2)
+        axes.set_xticks(range(len(categories)), categories)
+        axes.set_ylim(0, 100)
+        axes.grid(axis="x", visible=False)
+        axes.set_title(title, loc="left")
+        _legend(axes)
+        return _svg(figure)
+
+
+def _axes(x_label: str, y_label: str):
+    figure = Figure(figsize=FIGURE_SIZE)
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def _legend(axes) -> None:
+    """A legend above the axes, where it hides no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, labels, loc="outside upper left", ncols=3 if len(labels) == 3 else 2)
+
+
+def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _binned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """Means over bins of consecutive points, at most `MAX_POINTS` of them."""
+    size = math.ceil(len(x) / MAX_POINTS) or 1
+    bins = [slice(start, start + size) for start in range(0, len(x), size)]
+    return [sum(x[b]) / len(x[b]) for b in bins], [sum(y[b]) / len(y[b]) for b in bins]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

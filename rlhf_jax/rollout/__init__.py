@@ -1,0 +1,6 @@
+"""Answers from a policy: sampling them and scoring them."""
+
+from rlhf_jax.rollout.generate import Rollout, generate
+from rlhf_jax.rollout.sampling import Sampling
+
+__all__ = ["Rollout", "Sampling", "generate"]

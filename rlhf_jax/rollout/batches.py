@@ -1,0 +1,73 @@
+"""Answers to a whole set of prompts, batch by batch at one shape."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from rlhf_jax.data.table import pad_prompts
+from rlhf_jax.distributed.processes import is_main_process
+from rlhf_jax.distributed.sharding import fetch, place_batch
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.roles import RoleSpec, Weights, merged_base
+from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.sampling import Sampling
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], new_tokens: int, context: int, where: str) -> None:
+    """Raises a UserError naming the first prompt that leaves no room for `new_tokens` in the context."""
+    for number, ids in enumerate(prompts, 1):
+        if len(ids) + new_tokens > context:
+            raise UserError(
+                f"{where}: prompt {number} has {len(ids)} tokens; with {new_tokens} new ones it is longer than the "
+                f"context {context}: shorten the prompt or lower max_new_tokens"
+            )
+
+
+def answer_all(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    row_ids: np.ndarray,
+    *,
+    key: jax.Array,
+    sampling: Sampling,
+    batch_size: int,
+    mesh: Mesh,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples an answer to every prompt; adapters are merged once.
+
+    Args:
+      prompts: token ids of each prompt.
+      row_ids: (n,) int32 identities that key the draws.
+      batch_size: rows at a time; rounded up to the mesh.
+      name: shown on the progress bar.
+
+    Returns:
+      tokens (n, N) int32, lengths (n,) int32 and ended (n,) bool, on the host of every process.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-min(batch_size, len(prompts)) // shards) * shards
+    width = max(len(ids) for ids in prompts)
+    base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
+    parts = []
+    for start in tqdm(range(0, len(prompts), size), desc=name, disable=not is_main_process(), mininterval=1.0):
+        rows = pad_prompts(prompts[start : start + size], width, size)
+        ids = row_ids[start : start + size]
+        rows["row_ids"] = np.concatenate([ids, np.zeros(size - len(ids), np.int32)])
+        batch = place_batch(size, lambda mine, rows=rows: {k: v[mine] for k, v in rows.items()}, mesh)
+        rollout = generate(
+            spec.config,
+            base,
+            batch["prompts"],
+            batch["lengths"],
+            key=key,
+            sampling=sampling,
+            row_ids=batch["row_ids"],
+        )
+        parts.append([x[: len(ids)] for x in fetch((rollout.tokens, rollout.lengths, rollout.ended))])
+    tokens, lengths, ended = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return tokens, lengths, ended

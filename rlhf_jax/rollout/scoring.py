@@ -1,0 +1,80 @@
+"""Scoring answers: the one place where log-probabilities, values and scores of a rollout are computed."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import heads
+from rlhf_jax.models.roles import RoleSpec, Weights, hidden_states
+from rlhf_jax.models.transformer import output_kernel
+from rlhf_jax.objectives.language_model import token_logprobs
+
+Array = jax.Array
+
+
+def join(prompts: Array, prompt_lengths: Array, answers: Array) -> Array:
+    """Right-padded rows with each answer directly after its prompt.
+
+    Args:
+      prompts: (B, P) int32; prompt_lengths: (B,) int32; answers: (B, N) int32.
+
+    Returns:
+      (B, P + N) int32: what follows prompt_lengths + answer length is padding.
+    """
+    width = prompts.shape[1] + answers.shape[1]
+    at = jnp.arange(width)[None]
+    padded = jnp.pad(prompts, ((0, 0), (0, answers.shape[1])))
+    from_answer = jnp.clip(at - prompt_lengths[:, None], 0, answers.shape[1] - 1)
+    inside = (at >= prompt_lengths[:, None]) & (at - prompt_lengths[:, None] < answers.shape[1])
+    later = jnp.where(inside, jnp.take_along_axis(answers, from_answer, axis=1), 0)
+    return jnp.where(at < prompt_lengths[:, None], padded, later)
+
+
+def _before_answers(hidden: Array, prompt_lengths: Array, count: int) -> Array:
+    """Hidden states before each answer token: (B, P + N, D) -> (B, N, D)."""
+    at = (prompt_lengths - 1)[:, None] + jnp.arange(count)
+    return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+
+
+def answer_logprobs(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Array,
+    prompt_lengths: Array,
+    answers: Array,
+    lengths: Array,
+    temperature: float,
+) -> tuple[Array, Array]:
+    """Log-probabilities of the answers' tokens and the entropies of their distributions.
+
+    Behaviour, new and reference log-probabilities are all this function, at the temperature of the rollout's sampling.
+
+    Args:
+      prompts (B, P), prompt_lengths (B,), answers (B, N), lengths (B,): fields of a `Rollout`.
+
+    Returns:
+      logprobs (B, N) and entropy (B, N), float32 nats, 0 beyond each length.
+    """
+    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
+    kernel = output_kernel(spec.config, weights["base"])
+    before = _before_answers(hidden, prompt_lengths, answers.shape[1])
+    logprobs, entropy = token_logprobs(before, kernel, answers, temperature)
+    inside = jnp.arange(answers.shape[1]) < lengths[:, None]
+    return jnp.where(inside, logprobs, 0.0), jnp.where(inside, entropy, 0.0)
+
+
+def answer_values(
+    spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
+) -> Array:
+    """The value head's estimate of the state before each answer token: (B, N) float32, 0 beyond each length."""
+    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
+    values = heads.apply_head(weights["head"], _before_answers(hidden, prompt_lengths, answers.shape[1]))
+    return jnp.where(jnp.arange(answers.shape[1]) < lengths[:, None], values, 0.0)
+
+
+def answer_scores(
+    spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
+) -> Array:
+    """The reward head's score at each row's last real token: (B,) float32."""
+    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
+    last = jnp.take_along_axis(hidden, (prompt_lengths + lengths - 1)[:, None, None], axis=1)
+    return heads.apply_head(weights["head"], last)[:, 0]

@@ -1,0 +1,1 @@
+"""One file a stage kind: what it loads, its step, what it writes."""

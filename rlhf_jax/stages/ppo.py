@@ -1,0 +1,290 @@
+"""PPO against a reward model, with a KL penalty to the frozen starting policy.
+
+Four roles: policy and value train; reference and reward are frozen. With adapters all that stem from one base share it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.order import DataOrder
+from rlhf_jax.data.records import read_records
+from rlhf_jax.data.table import pad_prompts
+from rlhf_jax.distributed.sharding import fetch, place_batch
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.roles import scaled_adapters, split, weight_axes
+from rlhf_jax.rollout import Rollout, Sampling, generate
+from rlhf_jax.rollout.batches import check_lengths
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import Role, continue_role, save_role
+from rlhf_jax.training.checkpoints import write_json
+from rlhf_jax.training.loop import Schedule, run_loop
+from rlhf_jax.training.ppo import (
+    PPOConfig,
+    end_penalized,
+    make_experience,
+    make_update,
+    score_logprobs,
+    score_rewards,
+    score_values,
+)
+from rlhf_jax.training.randomness import order_seed, record_ids
+from rlhf_jax.training.state import init_state, make_optimizer, state_shardings
+from rlhf_jax.training.throughput import peak_flops
+
+EPOCH_STRIDE = 7919  # moves a record's draw identity from one epoch to the next
+
+
+class Prompts:
+    """Tokenized prompts of a file, padded to the longest."""
+
+    def __init__(self, context: Context, role: Role, path: Path, limit: int | None = None):
+        records, self.skipped = read_records(path, "prompt", context.config.on_error)
+        records = records[:limit]
+        tokenizer = role.tokenizer
+        ids = [[tokenizer.bos_id, *tokenizer.encode(r["prompt"])] for r in records]
+        check_lengths(ids, context.config.max_new_tokens, role.spec.config.context, str(path))
+        self.rows = pad_prompts(ids, max(len(x) for x in ids))
+        self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def place(self, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
+        """{"prompts", "lengths", "row_ids"} on the mesh; a record's draws differ from epoch to epoch."""
+
+        def load(mine: np.ndarray) -> dict[str, np.ndarray]:
+            chosen = rows[mine]
+            row_ids = (self.ids[chosen].astype(np.int64) + EPOCH_STRIDE * epochs[mine]) % (1 << 31)
+            return {**{k: v[chosen] for k, v in self.rows.items()}, "row_ids": row_ids.astype(np.int32)}
+
+        return place_batch(len(rows), load, mesh)
+
+
+def ppo_config(config: Any) -> PPOConfig:
+    """The numbers of a ppo stage's config."""
+    fields = {name: config[name] for name in PPOConfig.__dataclass_fields__}
+    return PPOConfig(**fields)
+
+
+def check(context: Context) -> None:
+    """What can be refused before anything runs."""
+    config = context.config
+    context.check_rows(
+        "batch_size / (minibatches * accumulation)", config.batch_size // (config.minibatches * config.accumulation)
+    )
+    for _, path in context.own_files():
+        read_records(path, "prompt", config.on_error)
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Trains, and returns the stage's figures."""
+    config, mesh = context.config, context.mesh()
+    with jax.set_mesh(mesh):
+        # --- roles -----------------------------------------------------------------------------------------------
+        policy = continue_role(context.load(config.init, mesh), context.lora(), key=context.key("adapters"))
+        reward = context.load(config.reward, mesh)
+        value = continue_role(reward, context.lora(), key=context.key("value adapters"))
+        value.weights["head"] = reward.weights["head"]
+        if reward.tokenizer.identity != policy.tokenizer.identity:
+            raise UserError(
+                f"stages.{context.name}: {config.reward} and {config.init} have different tokenizers: train the reward "
+                "model on the policy's"
+            )
+        # The reference is the policy's starting weights; training works on a copy (`init_state`).
+        reference = policy.weights
+        prompts = Prompts(context, policy, context.path(config.data))
+        order = DataOrder(len(prompts), order_seed(context.seed, context.name))
+        sampling = Sampling(config.max_new_tokens, config.temperature, stop_ids=(policy.tokenizer.eos_id,))
+        settings = ppo_config(config)
+        parts = settings.minibatches * settings.accumulation
+        width = prompts.rows["prompts"].shape[1] + config.max_new_tokens
+        context.progress(
+            f"{len(prompts)} prompts, {config.iterations} iterations of {config.batch_size} answers, "
+            f"{settings.epochs * settings.minibatches} steps each; base shared by "
+            + _sharing({"policy": policy, "reference": policy, "value": value, "reward": reward})
+        )
+
+        # --- state and programs ----------------------------------------------------------------------------------
+        halves = {"policy": split(policy.spec, policy.weights), "value": split(value.spec, value.weights)}
+        trainable = {name: half[0] for name, half in halves.items()}
+        frozen = {name: half[1] for name, half in halves.items()}
+        axes = {
+            "policy": weight_axes(policy.spec, trainable["policy"]),
+            "value": weight_axes(value.spec, trainable["value"]),
+        }
+        steps_each = settings.epochs * settings.minibatches
+        optimizer = make_optimizer(config.optimizer, config.iterations * steps_each)
+        shardings = state_shardings(trainable, axes, optimizer, mesh)
+        state = init_state(trainable, axes, optimizer, mesh)
+        update = make_update(settings, policy.spec, value.spec, config.temperature, optimizer, shardings)
+        rollout_keys = _fold_ins(context.key("rollout"), config.iterations)
+        update_keys = _fold_ins(context.key("minibatches"), config.iterations)
+
+        def sample(weights: Any, batch: dict[str, jax.Array], key: jax.Array) -> Rollout:
+            return generate(
+                policy.spec.config,
+                weights["base"],
+                batch["prompts"],
+                batch["lengths"],
+                key=key,
+                sampling=sampling,
+                row_ids=batch["row_ids"],
+                adapters=scaled_adapters(policy.spec, weights),
+            )
+
+        def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
+            rows, epochs = (f(iteration, config.batch_size) for f in (order.batch, order.epochs))
+            acting = {name: {**frozen[name], **state.params[name]} for name in frozen}
+            rollout = sample(acting["policy"], prompts.place(rows, epochs, mesh), rollout_keys[iteration])
+            logprobs, entropy = score_logprobs(policy.spec, acting["policy"], rollout, parts)
+            ref_logprobs, _ = score_logprobs(policy.spec, reference, rollout, parts)
+            values = score_values(value.spec, acting["value"], rollout, parts)
+            scores = score_rewards(reward.spec, reward.weights, rollout, parts)
+            experience, metrics = make_experience(settings, rollout, logprobs, ref_logprobs, entropy, values, scores)
+            state, updates = update(state, frozen, experience, update_keys[iteration])
+            return state, metrics | updates
+
+        evaluate = None
+        if config.evaluation.data:
+            held_out = Prompts(context, policy, context.path(config.evaluation.data), config.evaluation.records)
+            evaluate = _evaluation(context, held_out, policy, reference, frozen, reward, sample, mesh)
+
+        # --- loop ------------------------------------------------------------------------------------------------
+        forward = config.batch_size * width * policy.spec.config.forward_flops(width)
+        params, summary = run_loop(
+            name=context.name,
+            folder=context.folder,
+            identity=context.identity,
+            schedule=Schedule(
+                config.iterations,
+                max(1, context.experiment.logging.every // steps_each),
+                config.evaluation.every,
+                config.checkpoint.every,
+                steps_each,
+            ),
+            state=state,
+            advance=advance,
+            evaluate=evaluate,
+            metric=config.evaluation.metric,
+            higher_is_better=config.evaluation.higher_is_better,
+            shown=("objective/scores", "objective/kl", "eval/score", "eval/kl"),
+            tokens_each=config.batch_size * width,
+            # decoding once, scoring by four roles, training two of them (forward and backward) every epoch
+            flops_each=forward * (1 + 4 + 2 * 3 * settings.epochs),
+            peak_flops=peak_flops(),
+            keep=config.checkpoint.keep,
+            tensorboard=context.experiment.logging.tensorboard,
+        )
+        policy.weights = {**frozen["policy"], **params["policy"]}
+        prints = save_role(context.workdir, context.name, policy)
+    rows = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
+    kls = [row[name] for row in rows for name in ("objective/kl", "eval/kl") if name in row]
+    figures = {
+        "prompts": len(prompts),
+        "skipped": prompts.skipped,
+        "iterations": config.iterations,
+        "steps": config.iterations * steps_each,
+        "kl_coef": config.kl_coef,
+        "kl_limit": config.kl_limit,
+        "kl_highest": max(kls),
+        "kl_below_limit": max(kls) < config.kl_limit,
+        "fingerprints": prints,
+    }
+    samples = []
+    if evaluate is not None:
+        comparison = json.loads((context.folder / "evaluation.json").read_text())
+        figures |= comparison["figures"]
+        samples = comparison["samples"]
+    return {"figures": figures, "samples": samples}
+
+
+def _sharing(roles: dict[str, Role]) -> str:
+    """Which roles hold the same base arrays, for the console."""
+    groups: dict[int, list[str]] = {}
+    for name, role in roles.items():
+        groups.setdefault(id(role.weights["base"]), []).append(name)
+    return "; ".join("+".join(names) for names in groups.values())
+
+
+def _fold_ins(key: jax.Array, count: int) -> list[jax.Array]:
+    """Keys of iterations 0 ... count - 1, made before the loop so that the loop moves nothing to the device."""
+    return list(jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count)))
+
+
+def _evaluation(
+    context: Context,
+    held_out: Prompts,
+    policy: Role,
+    reference: Any,
+    frozen: Any,
+    reward: Role,
+    sample: Any,
+    mesh: Mesh,
+):
+    """The function (params, iteration) -> {"eval/score", "eval/kl"} on held-out prompts, always with the same draws.
+
+    `evaluation.json` keeps the starting policy's scores beside the newest ones.
+    """
+    config, key = context.config, context.key("evaluation")
+    size = config.batch_size
+    count = len(held_out) if len(held_out) < size else len(held_out) // size * size
+    numbers = np.concatenate([np.arange(count), np.zeros(-count % size, int)]).reshape(-1, size)
+    batches = [held_out.place(rows, np.zeros(size, int), mesh) for rows in numbers]
+    parts = config.minibatches * config.accumulation
+    path = context.folder / "evaluation.json"
+    decode = policy.tokenizer.decode
+
+    def answers(weights: Any) -> dict[str, np.ndarray]:
+        columns: dict[str, list[np.ndarray]] = {}
+        for batch in batches:
+            rollout = sample(weights, batch, key)
+            logprobs, _ = score_logprobs(policy.spec, weights, rollout, parts)
+            ref_logprobs, _ = score_logprobs(policy.spec, reference, rollout, parts)
+            scores = score_rewards(reward.spec, reward.weights, rollout, parts)
+            fields = {
+                "score": end_penalized(scores, rollout.ended, config.missing_end_penalty),
+                "kl": (logprobs - ref_logprobs).sum(-1),
+                "ended": rollout.ended,
+                "tokens": rollout.tokens,
+                "lengths": rollout.lengths,
+            }
+            for name, x in fetch(fields).items():
+                columns.setdefault(name, []).append(x)
+        return {name: np.concatenate(parts)[:count] for name, parts in columns.items()}
+
+    def mean_interval(name: str, x: np.ndarray) -> dict[str, float]:
+        half = 1.96 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else float("nan")
+        return {name: float(x.mean()), f"{name}_low": float(x.mean() - half), f"{name}_high": float(x.mean() + half)}
+
+    start: dict[str, np.ndarray] = {}
+
+    def evaluate(params: Any, iteration: int) -> dict[str, float]:
+        now = answers({**frozen["policy"], **params["policy"]})
+        if not start:  # after a resume the starting policy is the reference itself
+            start.update(now if iteration == 0 else answers(reference))
+        figures = {
+            "prompts_eval": count,
+            **mean_interval("sft_score", start["score"]),
+            **mean_interval("ppo_score", now["score"]),
+            **mean_interval("score_gain", now["score"] - start["score"]),
+            **mean_interval("kl", now["kl"]),
+            "sft_ended": float(start["ended"].mean()),
+            "ppo_ended": float(now["ended"].mean()),
+        }
+        samples = []
+        for i in range(min(config.evaluation.samples, count)):
+            length = held_out.rows["lengths"][i]
+            prompt = decode(held_out.rows["prompts"][i, :length].tolist())
+            for model, out in ((config.init, start), (context.name, now)):
+                text = decode(out["tokens"][i, : out["lengths"][i]].tolist())
+                samples.append({"model": model, "prompt": prompt, "completion": text, "score": float(out["score"][i])})
+        write_json(path, {"figures": figures, "samples": samples})
+        return {"eval/score": figures["ppo_score"], "eval/kl": figures["kl"]}
+
+    return evaluate

@@ -1,0 +1,1 @@
+"""Train state, gradient functions, the loop, checkpoints and metrics."""

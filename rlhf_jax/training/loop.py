@@ -1,0 +1,158 @@
+"""The loop every trainable stage runs: advance, log, evaluate, save; and stop on a signal without losing work."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.training.checkpoints import Checkpoints
+from rlhf_jax.training.metrics import MetricsLog, Progress
+
+Tree = Any
+_stop = {"signal": 0}
+
+
+class Stopped(Exception):
+    """A signal came and the state is saved: exit with status 75, to be run again."""
+
+
+def catch_signals() -> None:
+    """From here on SIGTERM and SIGINT ask the loop to save and stop; a second one ends the process at once."""
+
+    def ask(number: int, _frame: Any) -> None:
+        _stop["signal"] = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+
+
+def stop_requested() -> bool:
+    """True once a signal came, in this process or (asked of all together) in any other."""
+    if jax.process_count() == 1:
+        return bool(_stop["signal"])
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(_stop["signal"]))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How often things happen, in iterations of the loop; one iteration is `steps_each` optimizer steps."""
+
+    iterations: int
+    log_every: int
+    evaluate_every: int
+    save_every: int
+    steps_each: int = 1
+
+
+def run_loop(
+    *,
+    name: str,
+    folder: Path,
+    identity: str,
+    schedule: Schedule,
+    state: Any,
+    advance: Callable[[Any, int], tuple[Any, dict[str, jax.Array]]],
+    evaluate: Callable[[Any, int], dict[str, Any]] | None,
+    metric: str,
+    higher_is_better: bool,
+    shown: tuple[str, ...],
+    tokens_each: int,
+    flops_each: float,
+    peak_flops: float,
+    keep: int = 2,
+    tensorboard: bool = True,
+) -> tuple[Tree, dict[str, Any]]:
+    """Runs a stage from its newest checkpoint, or from `state`, to its end.
+
+    Args:
+      name: shown in front of the progress bar.
+      folder: the stage's folder: `checkpoints/`, `metrics.jsonl`, `tensorboard/`.
+      identity: the stage's identity; a checkpoint of another one is refused.
+      state: the fresh state; donated. Its `params` are what evaluation chooses among.
+      advance: (state, iteration) -> (state, metrics on the device). Never called twice with one state.
+      evaluate: (params, iteration) -> metrics, at iteration 0, every `evaluate_every` and at the end.
+      metric, higher_is_better: which evaluation is best; "" makes the last parameters the result.
+      shown: metrics of the progress bar.
+      tokens_each, flops_each, peak_flops: tokens and FLOPs of an iteration, the machine's FLOP/s: throughput, MFU.
+
+    Returns:
+      The best (or last) parameters, and {"first": evaluation at iteration 0, "result": evaluation of what is returned,
+      "result_step": its optimizer step, "seconds"}.
+
+    Raises:
+      Stopped: a signal came; everything is saved.
+      UserError: the loss is not finite.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", keep, identity)
+    done, state, memory = checkpoints.restore(state)
+    log = MetricsLog(folder, done * schedule.steps_each, tensorboard)
+    progress = Progress(name, schedule.iterations, done, memory.get("seconds", 0.0))
+    evaluations: dict[str, Any] = memory.get("evaluations", {})
+    mark, marked = time.monotonic(), done
+
+    def note_evaluation(iteration: int, params: Tree) -> dict[str, Any]:
+        row = {k: np.asarray(v).item() for k, v in evaluate(params, iteration).items()}  # type: ignore[misc]
+        if metric:
+            best = evaluations.get("best", {}).get(metric)
+            if best is None or (row[metric] > best if higher_is_better else row[metric] < best):
+                checkpoints.save_best(iteration, params)
+                evaluations.update(best=row, best_iteration=iteration)
+        evaluations.setdefault("first", row)
+        evaluations["last"] = row
+        return row
+
+    def save(iteration: int) -> None:
+        checkpoints.save(iteration, state, {"seconds": progress.seconds, "evaluations": evaluations})
+
+    try:
+        if done == 0 and evaluate is not None:
+            log.write(0, note_evaluation(0, state.params))
+        for iteration in range(done + 1, schedule.iterations + 1):
+            with jax.transfer_guard("disallow"):
+                state, metrics = advance(state, iteration - 1)
+            last = iteration == schedule.iterations
+            row: dict[str, Any] = {}
+            if last or iteration % schedule.log_every == 0 or iteration == 1:
+                row = {k: np.asarray(v).item() for k, v in metrics.items()}
+                bad = [k for k, v in row.items() if not np.isfinite(v)]
+                if bad:
+                    raise UserError(
+                        f"{name}: {bad[0]} is not finite at step {iteration * schedule.steps_each}: lower "
+                        "optimizer.learning_rate, or look at the data of the last batches"
+                    )
+                seconds = (time.monotonic() - mark) / (iteration - marked)
+                mark, marked = time.monotonic(), iteration
+                row["perf/tokens_per_second"] = tokens_each / seconds
+                row["perf/mfu"] = flops_each / seconds / peak_flops
+            if evaluate is not None and (last or iteration % schedule.evaluate_every == 0):
+                row |= note_evaluation(iteration, state.params)
+                mark, marked = time.monotonic(), iteration
+            if row:
+                log.write(iteration * schedule.steps_each, row)
+            progress.update({k: row[k] for k in shown if k in row})
+            asked = stop_requested() if jax.process_count() == 1 or row else False
+            if last or asked or iteration % schedule.save_every == 0:
+                save(iteration)
+            if asked and not last:
+                checkpoints.wait()
+                raise Stopped(f"{name}: stopped after {iteration} of {schedule.iterations} iterations, saved")
+        params = state.params
+        best_iteration = evaluations.get("best_iteration", schedule.iterations)
+        if best_iteration != schedule.iterations:
+            checkpoints.wait()
+            params = checkpoints.restore_best(best_iteration, params)
+        evaluations["result"] = evaluations.get("best", evaluations.get("last"))
+        evaluations["result_step"] = best_iteration * schedule.steps_each
+        return params, {**evaluations, "seconds": progress.seconds}
+    finally:
+        checkpoints.close()
+        log.close()
+        progress.close()

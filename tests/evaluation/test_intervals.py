@@ -1,0 +1,51 @@
+import math
+
+import pytest
+
+from rlhf_jax.evaluation import newcombe_difference, wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(successes, n, low, high):
+    """Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3."""
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_is_symmetric_and_stays_within_zero_and_one():
+    low, high = wilson(3, 17)
+    assert wilson(14, 17) == pytest.approx((1 - high, 1 - low))
+    assert wilson(0, 7)[0] == 0.0
+    assert wilson(7, 7)[1] == 1.0
+    assert wilson(3, 17, confidence=0.5)[0] > low
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        ((56, 70, 48, 80), 0.0524, 0.3339),
+        ((9, 10, 3, 10), 0.1705, 0.8090),
+        ((6, 7, 2, 7), 0.0582, 0.8062),
+        ((5, 56, 0, 29), -0.0381, 0.1926),
+        ((0, 10, 0, 20), -0.1611, 0.2775),
+        ((10, 10, 0, 10), 0.6075, 1.0),
+    ],
+)
+def test_newcombe_gives_the_published_intervals(counts, low, high):
+    """Newcombe (1998), Statistics in Medicine 17, 873-890, table II, method 10."""
+    k1, n1, k2, n2 = counts
+    assert newcombe_difference(*counts) == pytest.approx((k1 / n1 - k2 / n2, low, high), abs=5e-5)
+
+
+def test_empty_groups_have_no_interval():
+    assert all(math.isnan(value) for value in wilson(0, 0))
+    assert all(math.isnan(value) for value in newcombe_difference(1, 2, 0, 0))
+
+
+def test_impossible_counts_are_refused():
+    with pytest.raises(ValueError, match="successes=5 and n=4"):
+        wilson(5, 4)
+    with pytest.raises(ValueError, match="confidence"):
+        wilson(1, 4, confidence=95)

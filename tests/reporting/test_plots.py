@@ -1,0 +1,43 @@
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from rlhf_jax.reporting import plots
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    """The text elements of a plot, which must be well-formed XML."""
+    return [element.text for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_plots_label_their_axes_and_escape_names():
+    svg = plots.curves({"a<b>&$x_1$": ([0, 1], [1.0, 2.0])}, "step", "loss (nats)", limits={"limit": 1.5})
+    assert {"step", "loss (nats)", "a<b>&$x_1$", "limit"} <= set(texts(svg))
+    svg = plots.reward_against_kl(([0.1, 1.0], [0.0, 1.0]), ([], []), kl_limit=5.0, start_score=-1.0)
+    assert {"KL from the reference (nats per sequence)", "reward model score", "KL limit", "SFT policy"} <= set(
+        texts(svg)
+    )
+    assert {"held-out prompts"}.isdisjoint(texts(svg))
+
+
+@pytest.mark.parametrize(("longest", "unit"), [(90, "seconds"), (600, "minutes"), (9000, "hours")])
+def test_wall_times_are_in_the_unit_of_the_longest(longest, unit):
+    assert f"wall time ({unit})" in texts(plots.time_bars({"sft": 30.0, "ppo": longest}))
+
+
+def test_values_that_are_not_finite_are_left_out():
+    assert plots._finite([1, 2, 3], [1.0, math.nan, math.inf]) == ([1], [1.0])
+    bars = {"base": [(0.5, 0.4, 0.6), (math.nan, math.nan, math.nan)], "links": [(None, None, None)] * 2}
+    svg = plots.interval_bars(["1", "all"], bars, "copies", "memorized (%)", title="sft")
+    assert "nan" not in svg.lower()
+    assert "links" not in texts(svg)
+
+
+def test_long_curves_are_means_of_consecutive_points():
+    x, y = plots._binned(list(range(1000)), [float(i % 3) for i in range(1000)])
+    assert len(x) == 334 <= plots.MAX_POINTS
+    assert (x[0], y[0]) == (1.0, 1.0)  # of the points 0, 1, 2
+    assert plots._binned([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])

@@ -1,0 +1,129 @@
+import html
+import json
+import re
+
+import pytest
+
+from rlhf_jax.evaluation import memorization_table, persistence
+from rlhf_jax.reporting import write_report
+
+SAMPLE = {
+    "prompt": "<script>alert(1)</script>\n\tif x:",
+    "completion": "a & b",
+    "reference": None,
+    "score": float("nan"),
+}
+SFT_ROWS = [
+    {"step": 1, "loss/train": 3.0, "perf/mfu": 0.3},
+    {"step": 2, "loss/train": float("nan"), "loss/eval": 2.5, "accuracy/eval": 0.4},
+]
+PPO_ROWS = [
+    {"step": 4, "iteration": 1, "objective/kl": 0.5, "objective/scores": 0.1},
+    {"step": 8, "iteration": 2, "objective/kl": 1.5, "objective/scores": 0.9, "eval/kl": 1.25, "eval/score": 0.8},
+]
+PPO_FIGURES = {"kl_limit": 10.0, "sft_score": -0.5, "ppo_score": 0.75, "ppo_score_low": 0.5, "ppo_score_high": 1.0}
+
+
+def memorization_figures():
+    secrets = [{"id": str(i), "group": ("base", "links")[i % 2], "duplicates": (1, 4)[i // 2 % 2]} for i in range(8)]
+    subjects = {
+        name: {"distance": [distance] * 8, "recalled": [False] * 8, "seen": seen}
+        for name, distance, seen in (("control", 1.0, [False] * 8), ("sft", 0.0, [True] * 4 + [False] * 4))
+    }
+    controls = {"sft": "control"}
+    kept = persistence(secrets, subjects, controls, before="sft", after="sft")
+    return {"table": memorization_table(secrets, subjects, controls), "persistence": kept}
+
+
+def write_workdir(folder, stages):
+    """A work directory of stages: name -> (kind, figures, samples, logged rows or None)."""
+    results = {}
+    for name, (kind, figures, samples, rows) in stages.items():
+        (folder / name).mkdir(parents=True)
+        results[name] = {"stage": name, "kind": kind, "seconds": 90.0, "figures": figures, "samples": samples}
+        (folder / name / "result.json").write_text(json.dumps(results[name]))
+        if rows is not None:
+            (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"seed": 17, "stages": results, "seconds": dict.fromkeys(results, 90.0)}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps({"seed": 17, "note": "</details><b>"}))
+    return folder
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    stages = {
+        "prepare": ("prepare", {"records": {"train": 12345}}, [], None),
+        "sft": ("sft", {"loss": 2.5}, [SAMPLE] * 5, SFT_ROWS),
+        "ppo_low": ("ppo", PPO_FIGURES, [], PPO_ROWS),
+        "leaks": ("memorization", memorization_figures(), [], None),
+    }
+    return write_workdir(tmp_path / "run", stages)
+
+
+def test_every_stage_is_on_the_page(workdir):
+    path = write_report(workdir)
+    page = path.read_text()
+    assert path == workdir / "report.html"
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Stages", "prepare", "sft", "ppo_low", "leaks", "Configuration"]
+    for shown in (
+        "seed 17",
+        "6 min 00 s",
+        "12,345",
+        "loss (nats per token)",
+        "0.75 [0.5, 1]",
+        "-0.50 → 0.75",
+        "1.25 of 10",
+    ):
+        assert shown in page
+    assert "sft: counterfactually memorized" in page
+    assert "Of the secrets memorized by sft" in page
+    assert page.count("<svg") == page.count("<figcaption>") == 1 + 3 + 3 + 3
+
+
+def test_values_that_are_not_finite_are_counted_not_hidden(tmp_path):
+    nan = float("nan")
+    rows = [{"step": 1, "loss/train": 3.0, "loss/eval": 3.0}, {"step": 2, "loss/train": nan, "loss/eval": nan}]
+    figures = {"kl_limit": nan, "sft_score": nan, "ppo_score": nan}
+    stages = {"sft": ("sft", {"loss": nan}, [], rows), "ppo": ("ppo", figures, [], PPO_ROWS)}
+    page = write_report(write_workdir(tmp_path / "run", stages)).read_text()
+    assert "Values left out as not finite: 2." in page
+    assert "<b>nan</b><span>sft: held-out loss" in page
+    assert "KL limit" not in page and "score, SFT to PPO" not in page
+
+
+def test_text_from_files_is_escaped_and_keeps_its_whitespace(workdir):
+    page = write_report(workdir).read_text()
+    assert "<script" not in page
+    assert "</details><b>" not in page
+    assert f"<pre>\n{html.escape(SAMPLE['prompt'], quote=False)}</pre>" in page
+    assert page.count("a &amp; b") == 5
+
+
+def test_page_loads_nothing(workdir):
+    page = write_report(workdir).read_text()
+    references = re.findall(r"(?:src|href|action|data)\s*=\s*[\"']([^\"']*)", page) + re.findall(r"url\(([^)]*)", page)
+    assert references and all(reference.startswith("#") for reference in references)
+    assert "@import" not in page and "<link" not in page
+
+
+def test_absent_and_torn_files_are_left_out(tmp_path):
+    stages = {
+        "sft": ("sft", None, None, None),
+        "ppo": ("ppo", {}, [], [{"step": 1}]),
+        "odd": ("other", {"x": None}, [], None),
+    }
+    workdir = write_workdir(tmp_path / "run", stages)
+    for absent in ("config.json", "summary.json", "sft/result.json"):
+        (workdir / absent).unlink()
+    (workdir / "ppo" / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.5, "iteration": 1}\n{"step": 2, "obj')
+    page = write_report(workdir).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Stages", "odd", "ppo"]
+    assert "KL (nats per sequence)" in page
+    assert "Configuration" not in page
+
+
+def test_folder_without_results_has_a_page_and_no_folder_has_none(tmp_path):
+    assert "No stage has finished" in write_report(tmp_path).read_text()
+    with pytest.raises(FileNotFoundError, match="absent"):
+        write_report(tmp_path / "absent")
