@@ -6,7 +6,11 @@ from rlhf_jax.config import experiment, stage
 def get_config():
     config = experiment(seed=0)
     stages = config.stages
-    stages.prepare = stage("prepare")
+    stages.prepare = stage(
+        "prepare",
+        fractions=dict(pretrain=0.4, sft=0.18, preference=0.24, prompts=0.06, heldout=0.07, secrets=0.05),
+        examples=dict(sft=1600, preference=3000, prompts=1000, heldout=768),
+    )
     stages.pretrain = stage(
         "sft",
         init="scratch",
@@ -15,7 +19,9 @@ def get_config():
         schema="text",
         loss_on="all",
         epochs=1.0,
-        batch_size=16,
+        sequence_length=128,
+        batch_size=32,
+        accumulation=4,
         optimizer=dict(learning_rate=4e-3),
         evaluation=dict(data="prepare/heldout_text.jsonl", records=12, every=100),
     )
@@ -24,9 +30,11 @@ def get_config():
             "sft",
             init="pretrain",
             data=data,
-            epochs=4.0,
-            batch_size=16,
-            optimizer=dict(learning_rate=2e-3),
+            epochs=5.0,
+            sequence_length=128,
+            batch_size=32,
+            accumulation=4,
+            optimizer=dict(learning_rate=3e-3),
             evaluation=dict(data="prepare/heldout.jsonl", every=50, metric=""),
         )
     stages.reward = stage(
@@ -34,8 +42,10 @@ def get_config():
         init="sft",
         data="prepare/preference.jsonl",
         epochs=2.0,
+        batch_size=32,
+        accumulation=4,
         optimizer=dict(learning_rate=5e-4),
-        evaluation=dict(data="prepare/heldout.jsonl", records=512, every=20),
+        evaluation=dict(data="prepare/heldout.jsonl", records=768, every=20),
     )
     stages.ppo = stage(
         "ppo",
@@ -43,6 +53,8 @@ def get_config():
         reward="reward",
         data="prepare/prompts.jsonl",
         iterations=40,
+        accumulation=2,
+        optimizer=dict(learning_rate=3e-4),
         evaluation=dict(data="prepare/heldout.jsonl", records=256),
     )
     stages.memorization = stage(

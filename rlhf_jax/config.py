@@ -38,7 +38,7 @@ MODEL = dict(
     rope_theta=10_000.0,
     tie_embeddings=True,
 )
-LORA = dict(
+LORA: dict[str, Any] = dict(
     rank=0,  # 0 trains every weight
     alpha=16.0,
     targets=("q", "k", "v", "o", "gate", "up", "down"),
@@ -276,8 +276,8 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
     if config.kind == "ppo":
         if config.top_k or config.top_p != 1.0:
             raise UserError(
-                f"{where} samples on a truncated support (top_k {config.top_k}, top_p {config.top_p}) but scores on the "
-                "full one: set top_k=0 and top_p=1.0 to train"
+                f"{where} samples on a truncated support (top_k {config.top_k}, top_p {config.top_p}) but scores on "
+                "the full one: set top_k=0 and top_p=1.0 to train"
             )
         if config.batch_size % (config.minibatches * config.accumulation):
             raise UserError(
@@ -294,9 +294,8 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
             raise UserError(f"{where}.subjects is empty: name the stages whose models are asked")
         for subject in (*config.subjects, *config.controls, *config.controls.values()):
             if subject not in stages or stages[subject].kind not in ("sft", "ppo"):
-                raise UserError(
-                    f'{where} asks "{subject}", which is no sft or ppo stage: {nearest(subject, [n for n in stages if n != name])}'
-                )
+                hint = nearest(subject, [n for n in stages if n != name])
+                raise UserError(f'{where} asks "{subject}", which is no sft or ppo stage: {hint}')
     if "lora" in config and config.lora.rank:
         valid = LORA["targets"]
         for target in config.lora.targets:

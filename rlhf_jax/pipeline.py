@@ -68,7 +68,8 @@ def _refuse_changes(workdir: Path, config: ConfigDict, names: dict[str, str]) ->
             changes.insert(0, f"seed was {saved['seed']} and is now {config.seed}")
         what = "; ".join(changes[:3]) or "a stage it depends on has changed"
         raise UserError(
-            f"stage {name} in {workdir} was made by another config ({what}): use a new --workdir, or set the old value back"
+            f"stage {name} in {workdir} was made by another config ({what}): use a new --workdir, or set the "
+            "old value back"
         )
 
 
@@ -115,7 +116,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
         done = (workdir / name / "result.json").exists()
         begun = (workdir / name / "checkpoints").exists()
         lines.append(
-            f"[{number}/{len(order)}] {name} ({fields.kind}): {'finished' if done else 'resumes' if begun else 'to run'}"
+            f"[{number}/{len(order)}] {name} ({fields.kind}): "
+            + ("finished" if done else "resumes" if begun else "to run")
         )
         if "mesh" in fields:
             mesh = Context(name, config, workdir, "").mesh()

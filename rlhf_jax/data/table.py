@@ -57,7 +57,7 @@ def load_table(folder: Path) -> TokenTable:
 
 
 def text_examples(tokenizer: Tokenizer, text: str, sequence_length: int) -> list[Example]:
-    """A document as [bos] tokens [eos], cut into pieces of at most `sequence_length` positions, every token a target."""
+    """A document as [bos] tokens [eos], cut into pieces of at most `sequence_length` positions; all tokens count."""
     ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
     starts = range(0, len(ids) - 1, sequence_length)
     return [Example(ids[start : start + sequence_length + 1], 1) for start in starts]
@@ -95,7 +95,7 @@ def fim_example(tokenizer: Tokenizer, prompt: str, completion: str, cut: float, 
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: rows of record numbers whose lengths sum to at most `capacity`; the same for every process."""
+    """Best-fit decreasing: rows of record numbers whose lengths sum to at most `capacity`; equal in all processes."""
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> row numbers
     rows: list[list[int]] = []
     for record in np.argsort(-lengths, kind="stable"):

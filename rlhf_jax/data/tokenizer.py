@@ -17,8 +17,8 @@ SPACE_MARKER = "\u2581"  # SentencePiece writes a space as this character, so th
 class Tokenizer:
     """The SentencePiece model at `path`.
 
-    Attributes: `path`; `pad_id`, `bos_id`, `eos_id`, `unk_id`; `fim_prefix_id`, `fim_suffix_id`, `fim_middle_id` (None where
-    the model has no such control piece); `vocab_size`; `identity`, the SHA-256 of the model file in hexadecimal.
+    Attributes: `path`; `pad_id`, `bos_id`, `eos_id`, `unk_id`; `fim_prefix_id`, `fim_suffix_id`, `fim_middle_id` (None
+    where the model has no such control piece); `vocab_size`; `identity`, the SHA-256 of the model file in hexadecimal.
 
     Round trips are exact for models of `train_tokenizer`. A foreign model keeps its own normalization.
 

@@ -65,7 +65,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(axes, x.shape, mesh, TRAINING))
 
 
-def tree_shardings(shapes: Any, axes: Any, mesh: Mesh, table: Table = TRAINING) -> Any:
+def tree_shardings(shapes: Any, axes: Any, mesh: Any, table: Table = TRAINING) -> Any:
     """Shardings for a tree.
 
     Args:
@@ -110,7 +110,7 @@ def place_batch(rows: int, load: Callable[[np.ndarray], dict[str, np.ndarray]], 
     def whole(field: np.ndarray) -> jax.Array:
         shape = (rows, *field.shape[1:])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             first = int(np.searchsorted(mine, start))
             return field[first : first + stop - start]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import heads
-from rlhf_jax.models.lora import LoraConfig, adapter_axes, merge, scaled
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.lora import LoraConfig, adapter_axes, merge, scaled
 from rlhf_jax.models.transformer import Transformer
 
 Array = jax.Array
@@ -70,6 +70,6 @@ def merged_base(spec: RoleSpec, weights: Weights) -> dict[str, Any]:
 
 def hidden_states(spec: RoleSpec, weights: Weights, tokens: Array, **kwargs: Any) -> Array:
     """Final hidden states (B, T, width) of the role on tokens (B, T); keywords as `Transformer` takes them."""
-    model = Transformer(spec.config)
+    model: Any = Transformer(spec.config)
     adapters = scaled_adapters(spec, weights)
     return model.apply({"params": weights["base"]}, tokens, adapters=adapters, return_hidden=True, **kwargs)

@@ -20,8 +20,7 @@ Array = jax.Array
 NEGATIVE = -1e30  # finite: a fully masked row must stay free of NaN
 
 
-@struct.dataclass
-class Cache:
+class Cache(struct.PyTreeNode):
     """Keys and values of past tokens, a tuple entry a layer, and which of the slots a row may attend to.
 
     The next tokens go to slots `index`, `index` + 1, ... of every row, whatever the rows' positions: a row of a
@@ -149,7 +148,8 @@ def _mask(length: int, segment_ids: Array | None, cache: Cache | None) -> Array:
 def _leaf(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float) -> Array:
     """A float32 parameter N(0, scale) with logical axes; scale 0 makes a norm's ones."""
     init = nn.initializers.normal(scale) if scale else nn.initializers.ones
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value
 
 
 class Layers(nn.Module):
@@ -224,9 +224,9 @@ class Transformer(nn.Module):
         embedding = self.embedding if prepared is None else prepared["embedding"]
         x = constrain(jnp.take(embedding, tokens, axis=0).astype(c.dtype), "batch", None, None)
         mask = _mask(tokens.shape[1], segment_ids, cache)
-        stacked = self.layers() if prepared is None else None
+        stacked = {} if prepared is not None else self.layers()
 
-        if stacked is not None and cache is None:
+        if prepared is None and cache is None:
 
             def layer(x: Array, leaves: Any) -> tuple[Array, None]:
                 return block(c, leaves[0], leaves[1], x, positions, mask)[0], None
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
         else:
             keys, values = [], []
             for i in range(c.layers):
-                params = prepared["layers"][i] if stacked is None else {k: v[i] for k, v in stacked.items()}
+                params = prepared["layers"][i] if prepared is not None else {k: v[i] for k, v in stacked.items()}
                 here = None if adapters is None else jax.tree.map(lambda leaf, i=i: leaf[i], _layers_first(adapters))
                 past = None if cache is None else (cache.keys[i], cache.values[i], cache.index)
                 x, written = block(c, params, here, x, positions, mask, past)

@@ -1,4 +1,4 @@
-"""Pure mathematics on arrays: every loss is per token, per record or per pair; nothing here knows of batches' layout."""
+"""Pure mathematics on arrays: every loss is per token, per record or per pair; none knows of a batch's layout."""
 
 from rlhf_jax.objectives.bradley_terry import bradley_terry_loss
 from rlhf_jax.objectives.language_model import segment_totals, token_logprobs

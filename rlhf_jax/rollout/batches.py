@@ -1,6 +1,7 @@
 """Answers to a whole set of prompts, batch by batch at one shape."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -24,6 +25,10 @@ def check_lengths(prompts: Sequence[Sequence[int]], new_tokens: int, context: in
                 f"{where}: prompt {number} has {len(ids)} tokens; with {new_tokens} new ones it is longer than the "
                 f"context {context}: shorten the prompt or lower max_new_tokens"
             )
+
+
+def _take(rows: dict[str, np.ndarray], mine: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: field[mine] for name, field in rows.items()}
 
 
 def answer_all(
@@ -58,7 +63,7 @@ def answer_all(
         rows = pad_prompts(prompts[start : start + size], width, size)
         ids = row_ids[start : start + size]
         rows["row_ids"] = np.concatenate([ids, np.zeros(size - len(ids), np.int32)])
-        batch = place_batch(size, lambda mine, rows=rows: {k: v[mine] for k, v in rows.items()}, mesh)
+        batch = place_batch(size, partial(_take, rows), mesh)
         rollout = generate(
             spec.config,
             base,

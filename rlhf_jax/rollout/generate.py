@@ -18,8 +18,7 @@ from rlhf_jax.rollout.sampling import Sampling, draw, row_keys
 Array = jax.Array
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """Answers to a batch of prompts. What lies beyond a length is 0 and means nothing."""
 
     prompts: Array  # (B, P) int32, right-padded
@@ -55,8 +54,7 @@ def prepare_weights(config: TransformerConfig, params: dict[str, Any], adapters:
     }
 
 
-@struct.dataclass
-class _Decoding:
+class _Decoding(struct.PyTreeNode):
     step: Array  # () int32: tokens drawn so far
     token: Array  # (B,) int32: the newest
     cache: Any
@@ -80,8 +78,8 @@ def generate(
 ) -> Rollout:
     """Samples an answer to each prompt.
 
-    A row's draws are a function of (key, its row id, token position) alone; at a fixed batch shape its answer is bitwise
-    independent of the other rows.
+    A row's draws are a function of (key, its row id, token position) alone; at a fixed batch shape its answer is
+    bitwise independent of the other rows.
 
     Args:
       config: the decoder's shape (static).
@@ -101,7 +99,7 @@ def generate(
     keys = row_keys(key, jnp.arange(batch) if row_ids is None else row_ids)
     stacked = adapters is not None and jax.tree.leaves(adapters)[0].ndim == 4
     prepared = prepare_weights(config, params, None if stacked else adapters)
-    run = partial(
+    run: Any = partial(
         Transformer(config).apply,
         {"params": params},
         prepared=prepared,

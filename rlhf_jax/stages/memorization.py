@@ -1,4 +1,4 @@
-"""Which planted secrets each model gives back: greedy completions of every secret's prefix, and rates with intervals."""
+"""Which planted secrets each model gives back: greedy completions of every prefix, and rates with intervals."""
 
 from typing import Any
 

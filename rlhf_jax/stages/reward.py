@@ -1,10 +1,11 @@
 """The reward model: Bradley-Terry on each record's own continuation against a sample of the policy.
 
-Writes the model with its head calibrated: samples of the reference policy score 0 on average, with standard deviation 1.
+Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1.
 """
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,14 +285,17 @@ def _calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[s
     rows = np.concatenate([np.arange(count), np.zeros(-count % size, int)]).reshape(-1, size)
     score = jax.jit(lambda weights, batch: last_scores(role.spec, weights, batch["tokens"], batch["lengths"]))
 
+    def load(part: np.ndarray, mine: np.ndarray) -> Pairs:
+        return {"tokens": joined[part[mine]], "lengths": totals[part[mine]]}
+
     def all_scores() -> np.ndarray:
-        batches = (
-            place_batch(
-                size, lambda mine, part=part: {"tokens": joined[part[mine]], "lengths": totals[part[mine]]}, mesh
+        out = []
+        for part in rows:
+            batch = place_batch(
+                size, lambda mine, r=part: {"tokens": joined[r[mine]], "lengths": totals[r[mine]]}, mesh
             )
-            for part in rows
-        )
-        return np.concatenate([fetch(score(role.weights, batch)) for batch in batches])[:count]
+            out.append(fetch(score(role.weights, place_batch(size, partial(load, part), mesh))))
+        return np.concatenate(out)[:count]
 
     before = all_scores()
     mean, deviation = float(before.mean()), float(before.std())

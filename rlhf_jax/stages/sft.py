@@ -86,8 +86,8 @@ def _examples(
             skipped += 1
         else:
             raise UserError(
-                f"{path}: record {number} has {len(example.tokens)} tokens, above sequence_length {length} + 1: shorten "
-                'it, raise sequence_length, or set on_error="skip"'
+                f"{path}: record {number} has {len(example.tokens)} tokens, above sequence_length {length} + 1: "
+                'shorten it, raise sequence_length, or set on_error="skip"'
             )
     if not out:
         raise UserError(f"{path}: no record is left to train on: look at on_error and sequence_length")

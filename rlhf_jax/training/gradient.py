@@ -11,8 +11,7 @@ Array = jax.Array
 Tree = Any
 
 
-@struct.dataclass
-class RecordLosses:
+class RecordLosses(struct.PyTreeNode):
     """What an objective returns: one loss a record and that record's share of the global denominator.
 
     Attributes:

@@ -42,8 +42,7 @@ class PPOConfig:
     whiten_advantages: bool = True
 
 
-@struct.dataclass
-class Experience:
+class Experience(struct.PyTreeNode):
     """A scored rollout: what the update reads. (B, ...) leaves; entries beyond a length are 0."""
 
     prompts: Array  # (B, P)

@@ -16,11 +16,10 @@ from rlhf_jax.training.gradient import GradientFunction
 Tree = Any
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that an optimizer step changes. `step` counts optimizer steps."""
 
-    step: jax.Array  # () int32
+    step: Any  # () int32
     params: Tree  # the trainable part of the roles' weights
     opt_state: Tree
 

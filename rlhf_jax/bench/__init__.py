@@ -1,0 +1,1 @@
+"""Fixed workloads, one JSON line each: `python -m rlhf_jax.bench NAME`."""

@@ -1,0 +1,37 @@
+"""`python -m rlhf_jax.bench sft|generate|ppo [repeats]`: one JSON line."""
+
+import json
+import resource
+import statistics
+import sys
+
+import jax
+
+from rlhf_jax.bench.workloads import WORKLOADS
+
+
+def main(argv: list[str]) -> int:
+    """Runs one workload; returns the exit status."""
+    if len(argv) < 2 or argv[1] not in WORKLOADS:
+        print(f"error: name a workload: {', '.join(WORKLOADS)}", file=sys.stderr)
+        return 2
+    out = WORKLOADS[argv[1]](int(argv[2]) if len(argv) > 2 else 8)
+    seconds = statistics.median(out["seconds_all"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:  # accelerators report their own memory
+        peak = stats["peak_bytes_in_use"] / 2**20
+    line = {
+        "workload": argv[1],
+        "device": jax.devices()[0].device_kind,
+        "seconds": seconds,
+        "seconds_all": out["seconds_all"],
+        "tokens_per_second": out["tokens"] / seconds,
+        "peak_memory_mib": peak,
+    }
+    print(json.dumps(line))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
