@@ -18,8 +18,3 @@ def init_head(width: int, scale: float, *, key: Array) -> dict[str, Array]:
 def apply_head(head: dict[str, Array], hidden: Array) -> Array:
     """hidden (B, T, width) -> (B, T) float32."""
     return jnp.dot(hidden.astype(jnp.float32), head["kernel"])[..., 0] + head["bias"][0]
-
-
-def at_last(values: Array, lengths: Array) -> Array:
-    """The value at each row's last real token: values (B, T), lengths (B,) -> (B,)."""
-    return jnp.take_along_axis(values, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]

@@ -1,8 +1,8 @@
 """The decoder every role shares: RMSNorm, rotary positions, grouped-query attention, SwiGLU, scanned over layers.
 
 `Transformer` samples, scores and trains: it is the only definition of the model. Parameters carry logical axis names
-(`distributed/sharding.py` maps them to a mesh). In decoding the layers may also come as a tuple of per-layer trees
-(`unstack_layers`): the same block then runs unrolled over weights prepared once a rollout.
+(`distributed/sharding.py` maps them to a mesh). In decoding the same block runs unrolled over layers, on weights that
+were prepared once a rollout (`rollout.generate.prepare_weights`).
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ def block(
 
     Args:
       params: one layer's leaves: `attention_norm`, `ffn_norm`, and `q`, `k`, `v`, `o`, `gate`, `up`, `down`; or the
-        fused `qkv` and `gate_up` of `prepare_layers`.
+        fused `qkv` and `gate_up` of `prepare_weights`.
       adapters: {projection: {"a", "b"}} of this layer, or None.
       x: (B, T, width).
       mask: (B, T, S) bool, S = T without a cache, else the cache's slots.
@@ -212,7 +212,7 @@ class Transformer(nn.Module):
             all before it, which is right for right-padded rows: padding comes after all that is read.
           adapters: {projection: {"a": ([R,] layers, d_in, rank), "b": ([R,] layers, rank, d_out)}}, b scaled.
           cache: a `Cache` to continue from; the new tokens' slots must already be marked valid.
-          prepared: the weights of `rollout.prepare_weights`, used in place of the stacked ones.
+          prepared: the weights of `rollout.generate.prepare_weights`, used in place of the stacked ones.
           return_hidden: give the final hidden states (B, T, width) in the config's dtype instead of logits.
 
         Returns:

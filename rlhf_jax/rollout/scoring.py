@@ -71,10 +71,15 @@ def answer_values(
     return jnp.where(jnp.arange(answers.shape[1]) < lengths[:, None], values, 0.0)
 
 
+def last_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array) -> Array:
+    """The head's score at each row's last real token: tokens (B, T), lengths (B,) -> (B,) float32."""
+    hidden = hidden_states(spec, weights, tokens)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return heads.apply_head(weights["head"], last)[:, 0]
+
+
 def answer_scores(
     spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
 ) -> Array:
     """The reward head's score at each row's last real token: (B,) float32."""
-    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
-    last = jnp.take_along_axis(hidden, (prompt_lengths + lengths - 1)[:, None, None], axis=1)
-    return heads.apply_head(weights["head"], last)[:, 0]
+    return last_scores(spec, weights, join(prompts, prompt_lengths, answers), prompt_lengths + lengths)

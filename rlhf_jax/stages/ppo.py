@@ -17,6 +17,7 @@ from rlhf_jax.data.records import read_records
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import scaled_adapters, split, weight_axes
 from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import check_lengths
@@ -34,7 +35,7 @@ from rlhf_jax.training.ppo import (
     score_values,
 )
 from rlhf_jax.training.randomness import order_seed, record_ids
-from rlhf_jax.training.state import init_state, make_optimizer, state_shardings
+from rlhf_jax.training.state import init_state, make_optimizer, make_schedule, state_shardings
 from rlhf_jax.training.throughput import peak_flops
 
 EPOCH_STRIDE = 7919  # moves a record's draw identity from one epoch to the next
@@ -90,7 +91,9 @@ def run(context: Context) -> dict[str, Any]:
         policy = continue_role(context.load(config.init, mesh), context.lora(), key=context.key("adapters"))
         reward = context.load(config.reward, mesh)
         value = continue_role(reward, context.lora(), key=context.key("value adapters"))
-        value.weights["head"] = reward.weights["head"]
+        # The critic starts from the reward model's weights, but its head from 0: the reward head is trained at the last
+        # token alone, and what it says in the middle of an answer is off by more than the scores' spread.
+        value.weights["head"] = init_head(value.spec.config.width, 0.0, key=context.key("value head"))
         if reward.tokenizer.identity != policy.tokenizer.identity:
             raise UserError(
                 f"stages.{context.name}: {config.reward} and {config.init} have different tokenizers: train the reward "
@@ -174,6 +177,7 @@ def run(context: Context) -> dict[str, Any]:
             metric=config.evaluation.metric,
             higher_is_better=config.evaluation.higher_is_better,
             shown=("objective/scores", "objective/kl", "eval/score", "eval/kl"),
+            learning_rate=make_schedule(config.optimizer, config.iterations * steps_each),
             tokens_each=config.batch_size * width,
             # decoding once, scoring by four roles, training two of them (forward and backward) every epoch
             flops_each=forward * (1 + 4 + 2 * 3 * settings.epochs),

@@ -19,27 +19,21 @@ from rlhf_jax.data.records import read_records
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.intervals import wilson
-from rlhf_jax.models.heads import apply_head, init_head
-from rlhf_jax.models.roles import RoleSpec, Weights, hidden_states, split, weight_axes
+from rlhf_jax.models.heads import init_head
+from rlhf_jax.models.roles import RoleSpec, split, weight_axes
 from rlhf_jax.objectives import bradley_terry_loss
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
+from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role, continue_role, save_role
 from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, plain_gradient
 from rlhf_jax.training.loop import Schedule, run_loop
 from rlhf_jax.training.randomness import order_seed, record_ids
-from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
+from rlhf_jax.training.state import init_state, make_optimizer, make_schedule, make_step, state_shardings
 from rlhf_jax.training.throughput import peak_flops
 
 Pairs = dict[str, np.ndarray]
-
-
-def last_scores(spec: RoleSpec, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The head's score at each row's last real token: tokens (B, T), lengths (B,) -> (B,) float32."""
-    hidden = hidden_states(spec, weights, tokens)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return apply_head(weights["head"], last)[:, 0]
 
 
 def reward_objective(spec: RoleSpec) -> Objective:
@@ -208,6 +202,7 @@ def run(context: Context) -> dict[str, Any]:
             metric=config.evaluation.metric,
             higher_is_better=config.evaluation.higher_is_better,
             shown=("loss/train", "accuracy/train", "loss/eval", "accuracy/eval"),
+            learning_rate=make_schedule(config.optimizer, steps),
             tokens_each=tokens,
             flops_each=3 * tokens * role.spec.config.forward_flops(train["tokens"].shape[-1]),
             peak_flops=peak_flops(),
@@ -291,9 +286,6 @@ def _calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[s
     def all_scores() -> np.ndarray:
         out = []
         for part in rows:
-            batch = place_batch(
-                size, lambda mine, r=part: {"tokens": joined[r[mine]], "lengths": totals[r[mine]]}, mesh
-            )
             out.append(fetch(score(role.weights, place_batch(size, partial(load, part), mesh))))
         return np.concatenate(out)[:count]
 

@@ -41,7 +41,7 @@ from rlhf_jax.training.gradient import Objective, RecordLosses, plain_gradient
 from rlhf_jax.training.loop import Schedule, run_loop
 from rlhf_jax.training.metrics import cut_back
 from rlhf_jax.training.randomness import order_seed
-from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
+from rlhf_jax.training.state import init_state, make_optimizer, make_schedule, make_step, state_shardings
 from rlhf_jax.training.throughput import peak_flops
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 48, 48
@@ -203,6 +203,7 @@ def run(context: Context) -> dict[str, Any]:
             metric=config.evaluation.metric,
             higher_is_better=config.evaluation.higher_is_better,
             shown=("loss/train", "loss/eval", "perf/tokens_per_second"),
+            learning_rate=make_schedule(config.optimizer, steps),
             tokens_each=tokens,
             flops_each=flops,
             peak_flops=peak_flops(),

@@ -64,6 +64,7 @@ def run_loop(
     metric: str,
     higher_is_better: bool,
     shown: tuple[str, ...],
+    learning_rate: Callable[[int], Any],
     tokens_each: int,
     flops_each: float,
     peak_flops: float,
@@ -81,6 +82,7 @@ def run_loop(
       evaluate: (params, iteration) -> metrics, at iteration 0, every `evaluate_every` and at the end.
       metric, higher_is_better: which evaluation is best; "" makes the last parameters the result.
       shown: metrics of the progress bar.
+      learning_rate: optimizer steps done -> learning rate of the next.
       tokens_each, flops_each, peak_flops: tokens and FLOPs of an iteration, the machine's FLOP/s: throughput, MFU.
 
     Returns:
@@ -130,6 +132,7 @@ def run_loop(
                     )
                 seconds = (time.monotonic() - mark) / (iteration - marked)
                 mark, marked = time.monotonic(), iteration
+                row["optimizer/learning_rate"] = float(learning_rate(iteration * schedule.steps_each - 1))
                 row["perf/tokens_per_second"] = tokens_each / seconds
                 row["perf/mfu"] = flops_each / seconds / peak_flops
             if evaluate is not None and (last or iteration % schedule.evaluate_every == 0):
