@@ -37,6 +37,8 @@ MODEL = dict(
     context=256,  # longest sequence, in tokens
     rope_theta=10_000.0,
     tie_embeddings=True,
+    dtype="float32",  # of matrix products: "float32" | "bfloat16"; parameters stay float32
+    remat=False,  # recompute each layer's activations in the backward pass
 )
 LORA: dict[str, Any] = dict(
     rank=0,  # 0 trains every weight
@@ -48,7 +50,7 @@ OPTIMIZER = dict(
     learning_rate=1e-3,
     schedule="cosine",  # "cosine" | "linear" | "constant", after the warm-up
     warmup=0.05,  # share of all optimizer steps
-    final=0.1,  # last learning rate over the peak
+    final=0.1,  # where the decay ends, over the peak
     b1=0.9,
     b2=0.95,
     eps=1e-8,
@@ -101,6 +103,7 @@ STAGES: dict[str, dict[str, Any]] = {
         on_error="raise",
         max_new_tokens=32,
         temperature=1.0,
+        samples=1,  # rejected answers, and so pairs, of each training prompt
         rollout_batch_size=128,
         batch_size=32,  # pairs
         accumulation=1,
@@ -261,7 +264,7 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
                 f'{where}.{field} is "{value}", a {stages[value].kind} stage: it must be one of {", ".join(wanted)}'
             )
     _positive(config, where, ("batch_size", "accumulation", "epochs", "iterations", "minibatches", "max_new_tokens"))
-    _positive(config, where, ("temperature", "sequence_length", "rollout_batch_size"))
+    _positive(config, where, ("temperature", "sequence_length", "rollout_batch_size", "calibration_prompts"))
     if config.kind == "sft":
         if config.init == "scratch" and not config.tokenizer:
             raise UserError(

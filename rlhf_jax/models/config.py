@@ -31,6 +31,11 @@ class TransformerConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "context"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model.{field} is {getattr(self, field)}: it must be at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f'model.dtype is "{self.dtype}": it must be "float32" or "bfloat16"')
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads {self.heads} is no multiple of model.kv_heads {self.kv_heads}: change one")
         if self.head_dim % 2:
@@ -56,6 +61,7 @@ class TransformerConfig:
     def forward_flops(self, length: int) -> int:
         """Analytic FLOPs of one token's forward pass at mean causal context `length` / 2, output head included."""
         embeddings = self.vocab_size * self.width
-        matrices = self.parameters - embeddings * (1 if self.tie_embeddings else 2)
+        norms = (2 * self.layers + 1) * self.width
+        matrices = self.parameters - norms - embeddings * (1 if self.tie_embeddings else 2)
         attention = 2 * self.layers * self.heads * self.head_dim * length  # QK^T and PV, half of them masked
         return 2 * (matrices + embeddings) + attention

@@ -139,7 +139,7 @@ def _mask(length: int, segment_ids: Array | None, cache: Cache | None) -> Array:
         causal = jnp.tril(jnp.ones((length, length), bool))[None]
         if segment_ids is None:
             return causal
-        return causal & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
+        return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
     slots = jnp.arange(cache.valid.shape[1])
     own = cache.index + jnp.arange(length)
     return cache.valid[:, None, :] & (slots[None, None, :] <= own[None, :, None])

@@ -46,12 +46,13 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True) -> Array:
     Returns:
       (B, T), 0 where masked.
     """
-    weight = mask.astype(jnp.float32)
+    keep = mask.astype(bool)
+    x, weight = jnp.where(keep, x, 0.0), keep.astype(jnp.float32)
     total = jnp.maximum(jnp.sum(weight), 1.0)
     mean = jnp.sum(x * weight) / total
     variance = jnp.sum(jnp.square(x - mean) * weight) / total
     whitened = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
-    return jnp.where(mask.astype(bool), whitened if shift_mean else whitened + mean, 0.0)
+    return jnp.where(keep, whitened if shift_mean else whitened + mean, 0.0)
 
 
 def kl_penalized_rewards(

@@ -30,11 +30,13 @@ class Rollout(struct.PyTreeNode):
     sampling: Sampling = struct.field(pytree_node=False)
 
 
-def prepare_weights(config: TransformerConfig, params: dict[str, Any], adapters: dict[str, Any] | None) -> Any:
+def prepare_weights(
+    config: TransformerConfig, params: dict[str, Any], adapters: dict[str, Any] | None, fuse: bool = True
+) -> Any:
     """Weights as decoding reads them: adapters merged, cast, resharded by the rollout table, layers unstacked.
 
     Done once a rollout, outside the token loop. Query, key and value (and gate and up) are fused where no tensor axis
-    shards them; the output kernel is laid out (width, V).
+    shards them (never with `fuse=False`, for adapters that stay apart); the output kernel is laid out (width, V).
     """
     if adapters is not None:
         params = lora.merge(params, adapters)
@@ -43,7 +45,7 @@ def prepare_weights(config: TransformerConfig, params: dict[str, Any], adapters:
     if not mesh.empty and mesh.size > 1:
         params = jax.lax.with_sharding_constraint(params, tree_shardings(params, base_axes(config), mesh, ROLLOUT))
     cast = {name: leaf if "norm" in name else leaf.astype(config.dtype) for name, leaf in params["layers"].items()}
-    if tensor == 1:
+    if fuse and tensor == 1:
         cast["qkv"] = jnp.concatenate([cast.pop("q"), cast.pop("k"), cast.pop("v")], axis=-1)
         cast["gate_up"] = jnp.concatenate([cast.pop("gate"), cast.pop("up")], axis=-1)
     return {
@@ -98,7 +100,7 @@ def generate(
     count = sampling.max_new_tokens
     keys = row_keys(key, jnp.arange(batch) if row_ids is None else row_ids)
     stacked = adapters is not None and jax.tree.leaves(adapters)[0].ndim == 4
-    prepared = prepare_weights(config, params, None if stacked else adapters)
+    prepared = prepare_weights(config, params, None if stacked else adapters, fuse=not stacked)
     run: Any = partial(
         Transformer(config).apply,
         {"params": params},

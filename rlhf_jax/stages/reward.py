@@ -76,29 +76,32 @@ def _make_pairs(context: Context, policy: Role, path: Path, part: str, mesh: Mes
         count = config.max_new_tokens
         check_lengths(prompts, count, policy.spec.config.context, str(path))
         own = [([*tokenizer.encode(r["completion"]), tokenizer.eos_id])[:count] for r in records]
-        sampled, sampled_lengths, sampled_ended = answer_all(
-            policy.spec,
-            policy.weights,
-            prompts,
-            record_ids([str(r.get("id", i)) for i, r in enumerate(records)]),
-            key=context.key(f"pairs/{part}"),
-            sampling=Sampling(count, config.temperature, stop_ids=(tokenizer.eos_id,)),
-            batch_size=config.rollout_batch_size,
-            mesh=mesh,
-            name=f"{context.name}: {part} samples",
-        )
-        width = max(len(p) for p in prompts) + count
+        ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
         rows = []
-        for prompt, chosen, tokens, length in zip(prompts, own, sampled, sampled_lengths, strict=True):
-            rejected = tokens[:length].tolist()
-            if chosen != rejected:
-                rows.append((prompt, chosen, rejected))
+        for draw in range(config.samples if part == "train" else 1):
+            sampled, lengths, _ = answer_all(
+                policy.spec,
+                policy.weights,
+                prompts,
+                ids,
+                key=jax.random.fold_in(context.key(f"pairs/{part}"), draw),
+                sampling=Sampling(count, config.temperature, stop_ids=(tokenizer.eos_id,)),
+                batch_size=config.rollout_batch_size,
+                mesh=mesh,
+                name=f"{context.name}: {part} samples",
+            )
+            for prompt, chosen, tokens, length in zip(prompts, own, sampled, lengths, strict=True):
+                rejected = tokens[:length].tolist()
+                if chosen != rejected:
+                    rows.append((prompt, chosen, rejected))
+            dropped = len(prompts) * (draw + 1) - len(rows)
+        width = max(len(p) for p in prompts) + count
         pairs: Pairs = {
             "tokens": np.zeros((len(rows), 2, width), np.int32),
             "lengths": np.asarray([[len(p) + len(c), len(p) + len(r)] for p, c, r in rows], np.int32),
             "answer_lengths": np.asarray([[len(c), len(r)] for _, c, r in rows], np.int32),
             "ended": np.asarray([[a[-1] == tokenizer.eos_id for a in (c, r)] for _, c, r in rows]),
-            "dropped": np.asarray(len(prompts) - len(rows)),
+            "dropped": np.asarray(dropped),
         }
         for i, (prompt, *answers) in enumerate(rows):
             for j, answer in enumerate(answers):

@@ -25,7 +25,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate over optimizer steps: linear warm-up from 0, then cosine, linear or constant."""
+    """Learning rate over optimizer steps: linear warm-up, then cosine, linear or constant."""
     peak, warmup = config.learning_rate, round(config.warmup * steps)
     rest = max(1, steps - warmup)
     after = {
@@ -115,8 +115,10 @@ def _fingerprint_words(tree: Tree) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
         index = jax.lax.iota(jnp.uint32, bits.size)
         for multiplier in (2654435761, 2246822519):
-            mixed = (bits ^ (index * jnp.uint32(multiplier))) * jnp.uint32(multiplier | 1)
-            words.append(jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32))
+            mixed = bits ^ (index * jnp.uint32(multiplier))
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finalizer
+                mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+            words.append(jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32))
     return jnp.stack(words)
 
 

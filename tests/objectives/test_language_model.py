@@ -1,0 +1,136 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.objectives import language_model, segment_totals, token_logprobs
+
+BATCH, LENGTH, WIDTH, VOCAB = 3, 37, 5, 11
+# LOGITS_AT_ONCE and the chunk it makes of 3 x 37 x 11 logits: one chunk, two (19 + 18), five (4 x 8 + 5)
+CHUNKINGS = [(1 << 21, 37), (610, 19), (100, 8)]
+
+
+@pytest.fixture(params=CHUNKINGS, ids=lambda p: f"chunk{p[1]}")
+def chunk(request, monkeypatch):
+    at_once, expected = request.param
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", at_once)
+    assert language_model._chunk_length(BATCH, LENGTH, VOCAB, 1) == expected
+    return expected
+
+
+def problem(seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(BATCH, LENGTH, WIDTH)).astype(np.float32)
+    kernel = (scale * rng.normal(size=(WIDTH, VOCAB))).astype(np.float32)
+    return hidden, kernel, rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def in_float64(hidden, kernel, targets, temperature):
+    logp = log_softmax(np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64) / temperature)
+    return np.take_along_axis(logp, targets[..., None], -1)[..., 0], -(np.exp(logp) * logp).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_equals_a_float64_log_softmax(chunk, temperature):
+    hidden, kernel, targets = problem()
+    logprobs, entropy = jax.jit(lambda *args: token_logprobs(*args, temperature))(hidden, kernel, targets)
+    expected_logprobs, expected_entropy = in_float64(hidden, kernel, targets, temperature)
+    assert logprobs.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(logprobs, expected_logprobs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_thousands_neither_overflow_nor_lose_the_small_ones():
+    hidden, kernel, targets = problem(scale=1000.0)
+    logprobs, entropy = jax.jit(token_logprobs)(hidden, kernel, targets)
+    expected_logprobs, _ = in_float64(hidden, kernel, targets, 1.0)
+    assert expected_logprobs.min() < -4000
+    assert np.isfinite(entropy).all() and (np.asarray(entropy) >= 0).all()
+    np.testing.assert_allclose(logprobs, expected_logprobs, rtol=1e-6, atol=2e-3)  # a float32 ulp at 8192 is 1e-3
+
+
+def test_bfloat16_states_are_scored_in_float32():
+    hidden, kernel, targets = problem()
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    rounded = jnp.asarray(kernel, jnp.bfloat16)  # the product runs in the states' dtype, its sums in float32
+    logprobs, entropy = jax.jit(token_logprobs)(hidden, kernel, targets)
+    expected_logprobs, expected_entropy = in_float64(hidden, rounded, targets, 1.0)
+    assert logprobs.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(logprobs, expected_logprobs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(entropy, expected_entropy, rtol=1e-5, atol=1e-6)
+
+
+def naive(hidden, kernel, targets, temperature):
+    logp = jax.nn.log_softmax(hidden @ kernel / temperature)
+    return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_equal_those_of_the_naive_form(chunk, temperature):
+    hidden, kernel, targets = problem(seed=1)
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(2, BATCH, LENGTH)).astype(np.float32)
+
+    def gradients(function):
+        def combination(hidden, kernel):
+            logprobs, entropy = function(hidden, kernel, targets, temperature)
+            return jnp.sum(a * logprobs + b * entropy)
+
+        return jax.jit(jax.grad(combination, argnums=(0, 1)))(hidden, kernel)
+
+    for ours, expected in zip(gradients(token_logprobs), gradients(naive), strict=True):
+        assert ours.shape == expected.shape and ours.dtype == expected.dtype
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_program_holds_all_logits(monkeypatch):
+    batch, length, width, vocab = 4, 256, 8, 512
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", batch * length * vocab // 16)
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, vocab), jnp.float32),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+    )
+    all_logits = batch * length * vocab
+
+    def compiled(function):
+        def loss(hidden, kernel, targets):
+            logprobs, entropy = function(hidden, kernel, targets, 1.0)
+            return jnp.sum(logprobs) + jnp.sum(entropy)
+
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+        arrays = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
+        largest = max(int(np.prod([int(n) for n in dims.split(",")])) for dims in arrays)
+        return largest, program.memory_analysis().temp_size_in_bytes
+
+    largest, temporary = compiled(naive)
+    assert largest >= all_logits and temporary >= 4 * all_logits  # what the check below would catch
+    largest, temporary = compiled(token_logprobs)
+    assert largest <= all_logits // 16
+    assert temporary < 4 * all_logits // 2
+
+
+def test_segment_totals_sum_each_record_of_a_packed_row():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(4, 20)).astype(np.float32)
+    segment_ids = np.sort(rng.integers(0, 5, (4, 20)), axis=1).astype(np.int32)  # 0 is padding, 4 is in no column
+    segment_ids[3] = 0
+    expected = np.zeros((4, 3))
+    for row in range(4):
+        for t in range(20):
+            if 1 <= segment_ids[row, t] <= 3:
+                expected[row, segment_ids[row, t] - 1] += values[row, t]
+    np.testing.assert_allclose(segment_totals(values, segment_ids, 3), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_segment_totals_keep_garbage_on_padding_out():
+    values = np.array([[1.0, 2.0, np.nan, np.inf]], np.float32)
+    segment_ids = np.array([[1, 1, 0, 0]], np.int32)
+    np.testing.assert_array_equal(segment_totals(values, segment_ids, 2), [[3.0, 0.0]])

@@ -1,0 +1,395 @@
+import dataclasses
+from functools import cache, partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.models import LoraConfig, Transformer, TransformerConfig
+from rlhf_jax.models.heads import init_head
+from rlhf_jax.models.lora import init_adapters
+from rlhf_jax.models.roles import RoleSpec, init_base, split
+from rlhf_jax.rollout import Rollout, Sampling, generate
+from rlhf_jax.training.ppo import (
+    Experience,
+    PPOConfig,
+    end_penalized,
+    make_experience,
+    make_update,
+    minibatch_rows,
+    score_logprobs,
+    score_rewards,
+    score_values,
+)
+from rlhf_jax.training.state import TrainState
+
+CONFIG = TransformerConfig(
+    vocab_size=13, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=32, tie_embeddings=False
+)
+ROWS, WIDTH, COUNT = 8, 5, 6
+LENGTHS = np.array([5, 2, 3, 1, 4, 5, 2, 3], np.int32)
+PROMPTS = np.where(np.arange(WIDTH) < LENGTHS[:, None], np.arange(1, 41).reshape(8, 5) % 13, 0).astype(np.int32)
+ONCE = PPOConfig(epochs=1, minibatches=1)
+OPTIMIZER = optax.sgd(0.1)  # moves in proportion to the gradient, so an error in it shows in the parameters
+
+
+def base(seed):
+    params = jax.jit(partial(init_base, CONFIG))(key=jax.random.key(seed))
+    return {**params, "embedding": 30 * params["embedding"]}
+
+
+def make_roles(lora):
+    """Policy, value and reward with their own bases; under LoRA policy and value have adapters."""
+    adapted, plain = RoleSpec(CONFIG, LoraConfig(rank=2, alpha=4.0) if lora else None), RoleSpec(CONFIG)
+    weights = {
+        "policy": {"base": base(0)},
+        "value": {"base": base(1), "head": init_head(16, 0.3, key=jax.random.key(2))},
+        "reward": {"base": base(3), "head": init_head(16, 1.0, key=jax.random.key(4))},
+    }
+    if lora:
+        for i, role in enumerate(("policy", "value")):
+            weights[role]["adapters"] = init_adapters(CONFIG, adapted.lora, key=jax.random.key(5 + i))
+    return SimpleNamespace(spec=adapted, reward=plain, weights=weights)
+
+
+@pytest.fixture(scope="module")
+def full():
+    return make_roles(lora=False)
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    return make_roles(lora=True)
+
+
+def roll(roles, temperature=1.0, key=0):
+    sampling = Sampling(max_new_tokens=COUNT, temperature=temperature, stop_ids=(8, 12))
+    params = roles.weights["policy"]["base"]  # fresh adapters change nothing
+    rollout = generate(CONFIG, params, PROMPTS, LENGTHS, key=jax.random.key(key), sampling=sampling)
+    assert len(np.unique(rollout.lengths)) > 2 and 0 < rollout.ended.sum() < ROWS
+    return rollout
+
+
+def experience_of(roles, rollout, config=ONCE, reference=None):
+    parts = config.minibatches * config.accumulation
+    logprobs, entropy = score_logprobs(roles.spec, roles.weights["policy"], rollout, parts)
+    ref_logprobs, _ = score_logprobs(roles.spec, reference or roles.weights["policy"], rollout, parts)
+    values = score_values(roles.spec, roles.weights["value"], rollout, parts)
+    scores = score_rewards(roles.reward, roles.weights["reward"], rollout, parts)
+    return make_experience(config, rollout, logprobs, ref_logprobs, entropy, values, scores)
+
+
+def trainable_and_frozen(roles):
+    parts = {role: split(roles.spec, roles.weights[role]) for role in ("policy", "value")}
+    return {role: part[0] for role, part in parts.items()}, {role: part[1] for role, part in parts.items()}
+
+
+@cache
+def shared_update(config, spec, temperature, optimizer):
+    """One program for all tests that run it."""
+    return make_update(config, spec, spec, temperature, optimizer)
+
+
+def run(roles, experience, config, temperature=1.0, key=0, optimizer=OPTIMIZER):
+    """(new trainable weights, metrics) of one update from the roles' weights."""
+    params, frozen = trainable_and_frozen(roles)
+    params = jax.tree.map(jnp.copy, params)  # donated
+    update = shared_update(config, roles.spec, temperature, optimizer)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    state, metrics = update(state, frozen, experience, jax.random.key(key))
+    assert int(state.step) == config.epochs * config.minibatches
+    return state.params, metrics
+
+
+def largest(a, b):
+    """Largest difference of two trees."""
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# Before the first update.
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_nothing_has_moved_at_update_0(lora, full, adapted):
+    roles = adapted if lora else full
+    experience, metrics = experience_of(roles, roll(roles))
+    assert float(metrics["objective/kl"]) == 0.0
+    assert float(metrics["objective/rlhf_reward"]) == float(metrics["objective/scores"])
+    assert float(metrics["rollout/logprob_gap"]) < 1e-5
+    _, metrics = run(roles, experience, ONCE)
+    assert float(metrics["val/first_ratio_error"]) < 1e-5
+    assert float(metrics["policy/clipfrac"]) == float(metrics["val/clipfrac"]) == 0.0
+    assert float(metrics["policy/approxkl"]) < 1e-10
+    assert abs(float(metrics["loss/policy"])) < 1e-6  # minus the mean of whitened advantages
+
+
+def test_another_reference_has_a_kl(full):
+    """What the zero above would show: kl is the mean over answers of the summed log-ratio."""
+    rollout, reference = roll(full), {"base": base(7)}
+    _, metrics = experience_of(full, rollout, reference=reference)
+    ours, theirs = (score_logprobs(full.spec, w, rollout, 1)[0] for w in (full.weights["policy"], reference))
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    kl = [sum(ours[i, t] - theirs[i, t] for t in range(n)) for i, n in enumerate(rollout.lengths)]
+    assert np.mean(kl) > 0.1
+    np.testing.assert_allclose(metrics["objective/kl"], np.mean(kl), rtol=1e-5)
+    expected = float(metrics["objective/scores"]) - ONCE.kl_coef * np.mean(kl)
+    np.testing.assert_allclose(metrics["objective/rlhf_reward"], expected, rtol=1e-5)
+
+
+def test_one_temperature_for_sampling_old_and_new(full):
+    rollout = roll(full, temperature=0.7)
+    experience, metrics = experience_of(full, rollout)
+    assert float(metrics["rollout/logprob_gap"]) < 1e-5  # decoding and scoring
+    assert float(metrics["objective/kl"]) == 0.0
+    _, metrics = run(full, experience, ONCE, temperature=0.7)
+    assert float(metrics["val/first_ratio_error"]) < 1e-5
+    _, metrics = run(full, experience, ONCE, temperature=1.0)
+    assert float(metrics["val/first_ratio_error"]) > 1e-2  # what a second temperature would show
+
+
+def test_scores_come_back_in_the_order_of_the_rows(full):
+    rollout = roll(full)
+    for score, role, spec in (
+        (score_logprobs, "policy", full.spec),
+        (score_values, "value", full.spec),
+        (score_rewards, "reward", full.reward),
+    ):
+        whole, split_up = (score(spec, full.weights[role], rollout, n) for n in (1, 4))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split_up, whole)
+
+
+def test_a_score_is_read_at_the_last_real_token(full):
+    rollout = roll(full)
+    scores = score_rewards(full.reward, full.weights["reward"], rollout, 1)
+    hidden_of = jax.jit(partial(Transformer(CONFIG).apply, return_hidden=True))
+    head = full.weights["reward"]["head"]
+    for i in range(ROWS):
+        answer = rollout.tokens[i, : rollout.lengths[i]]
+        row = np.concatenate([PROMPTS[i, : LENGTHS[i]], answer])
+        padded = np.pad(row, (0, WIDTH + COUNT - len(row)))[None]
+        hidden = hidden_of({"params": full.weights["reward"]["base"]}, padded)[0, len(row) - 1]
+        np.testing.assert_allclose(scores[i], hidden @ head["kernel"][:, 0] + head["bias"][0], rtol=1e-4, atol=1e-5)
+
+
+# From scores to advantages.
+
+
+def synthetic(seed=0):
+    """A rollout and its scores from random numbers: no model."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([6, 1, 3, 2, 6, 4, 5, 2], np.int32)
+    mask = np.arange(COUNT) < lengths[:, None]
+    logprobs, ref_logprobs, values = (np.where(mask, rng.normal(size=mask.shape), 0.0) for _ in range(3))
+    ended = np.array([0, 1, 1, 0, 1, 1, 0, 1], bool)
+    tokens = np.where(mask, rng.integers(1, 13, mask.shape), 0)
+    arrays = [np.float32(x) for x in (logprobs, ref_logprobs, np.abs(logprobs), values, rng.normal(size=ROWS))]
+    rollout = Rollout(PROMPTS, LENGTHS, tokens, lengths, ended, np.float32(logprobs), Sampling(max_new_tokens=COUNT))
+    return rollout, mask, arrays
+
+
+def test_experience_equals_the_float64_loop():
+    config = PPOConfig(kl_coef=0.3, missing_end_penalty=-2.5, gamma=0.97, lam=0.9)
+    rollout, mask, arrays = synthetic()
+    experience, metrics = make_experience(config, rollout, *arrays)
+    logprobs, ref_logprobs, entropy, values, scores = (np.asarray(x, np.float64) for x in arrays)
+    scores = [score if ended else -2.5 for score, ended in zip(scores, rollout.ended, strict=True)]
+    advantages = np.zeros(mask.shape)
+    for i, n in enumerate(rollout.lengths):
+        value = advantage = 0.0
+        for t in reversed(range(n)):
+            reward = -0.3 * (logprobs[i, t] - ref_logprobs[i, t]) + (scores[i] if t == n - 1 else 0.0)
+            advantage = reward + 0.97 * value - values[i, t] + 0.97 * 0.9 * advantage
+            value, advantages[i, t] = values[i, t], advantage
+    returns = np.where(mask, advantages + values, 0.0)
+    whitened = np.where(mask, (advantages - advantages[mask].mean()) / advantages[mask].std(), 0.0)
+    np.testing.assert_allclose(experience.advantages, whitened, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(experience.returns, returns, rtol=1e-4, atol=1e-5)
+    kl = (logprobs - ref_logprobs).sum(1)
+    expected = {
+        "objective/kl": kl.mean(),
+        "objective/entropy": -logprobs.sum(1).mean(),
+        "objective/scores": np.mean(scores),
+        "objective/scores_std": np.std(scores),
+        "objective/rlhf_reward": np.mean(scores - 0.3 * kl),
+        "objective/kl_coef": 0.3,
+        "policy/entropy": entropy.sum() / mask.sum(),
+        "rollout/logprob_gap": 0.0,
+        "val/num_eos_tokens": 5,
+        "response_length": 29 / 8,
+        "returns/mean": returns.sum() / mask.sum(),
+        "val/error": np.square(values - returns)[mask].mean(),
+    }
+    assert set(metrics) == set(expected)
+    for name, number in expected.items():
+        np.testing.assert_allclose(metrics[name], number, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_an_answer_without_an_end_gets_the_penalty_for_its_score():
+    """No KL, no values, no discount: every token's advantage is what its answer got."""
+    config = PPOConfig(gamma=1.0, lam=1.0, whiten_advantages=False, missing_end_penalty=-1.0)
+    rollout, mask, (logprobs, _, entropy, values, _) = synthetic()
+    scores = np.linspace(0.1, 0.8, 8, dtype=np.float32)
+    experience, metrics = make_experience(config, rollout, logprobs, logprobs, entropy, 0 * values, scores)
+    got = [-1.0, 0.2, 0.3, -1.0, 0.5, 0.6, -1.0, 0.8]
+    np.testing.assert_allclose(experience.advantages, np.where(mask, np.array(got)[:, None], 0.0), rtol=1e-6)
+    np.testing.assert_allclose(metrics["objective/scores"], np.mean(got), rtol=1e-6)
+    np.testing.assert_array_equal(end_penalized(scores, rollout.ended, -1.0), np.float32(got))
+
+
+def test_whitening_is_over_the_whole_batch_however_it_is_split(full):
+    rollout = roll(full)
+    in_one, _ = experience_of(full, rollout)
+    halves = PPOConfig(epochs=1, minibatches=2, accumulation=2)
+    in_two, _ = experience_of(full, rollout, halves)
+    np.testing.assert_allclose(in_two.advantages, in_one.advantages, rtol=1e-4, atol=1e-5)
+    mask = np.arange(COUNT) < np.asarray(rollout.lengths)[:, None]
+    inside = np.asarray(in_one.advantages, np.float64)[mask]
+    np.testing.assert_allclose([inside.mean(), inside.std()], [0.0, 1.0], atol=1e-5)
+    # At ratio 1 a minibatch's policy loss is minus its mean advantage: not 0, as its own whitening would make it.
+    key = jax.random.key(0)
+    of_rows = [
+        -np.asarray(in_one.advantages)[rows][mask[rows]].mean() for rows in np.asarray(minibatch_rows(key, ROWS, 1, 2))
+    ]
+    assert min(np.abs(of_rows)) > 1e-2
+    _, metrics = run(full, in_two, halves, optimizer=optax.sgd(0.0))
+    np.testing.assert_allclose(metrics["loss/policy"], np.mean(of_rows), rtol=1e-4, atol=1e-5)
+
+
+# The update.
+
+
+def naive_loss(params, batch, config, temperature):
+    """The same loss from whole logits and written-out indices."""
+    sequence, mask = batch["sequence"], batch["mask"]
+    at = batch["prompt_lengths"][:, None] - 1 + jnp.arange(COUNT)
+    row = jnp.arange(len(sequence))[:, None]
+    logits = Transformer(CONFIG).apply({"params": params["policy"]["base"]}, sequence)
+    logp = jax.nn.log_softmax(logits / temperature)[row, at, batch["tokens"]]
+    hidden = Transformer(CONFIG).apply({"params": params["value"]["base"]}, sequence, return_hidden=True)
+    head = params["value"]["head"]
+    values = (hidden @ head["kernel"][:, 0] + head["bias"])[row, at]
+    ratio = jnp.exp(jnp.where(mask, logp - batch["logprobs"], 0.0))
+    clipped = jnp.clip(ratio, 1 - config.clip_ratio, 1 + config.clip_ratio)
+    policy = -jnp.minimum(ratio * batch["advantages"], clipped * batch["advantages"])
+    near = batch["values"] + jnp.clip(values - batch["values"], -config.value_clip, config.value_clip)
+    value = 0.5 * jnp.maximum((values - batch["returns"]) ** 2, (near - batch["returns"]) ** 2)
+    return jnp.sum(jnp.where(mask, policy + config.value_coef * value, 0.0)) / jnp.sum(mask)
+
+
+def test_update_equals_a_loop_of_gradient_steps(full):
+    config = PPOConfig(epochs=2, minibatches=2, value_coef=0.5, clip_ratio=0.1, value_clip=0.05)
+    rollout = roll(full, temperature=0.7)
+    experience, _ = experience_of(full, rollout)
+    ours, metrics = run(full, experience, config, temperature=0.7, key=3)
+    sequence = np.zeros((ROWS, WIDTH + COUNT), np.int32)
+    for i, (n, m) in enumerate(zip(LENGTHS, rollout.lengths, strict=True)):
+        sequence[i, : n + m] = np.concatenate([PROMPTS[i, :n], rollout.tokens[i, :m]])
+    fields = {f.name: np.asarray(getattr(experience, f.name)) for f in dataclasses.fields(Experience)}
+    batch = {**fields, "sequence": sequence, "mask": np.arange(COUNT) < fields["lengths"][:, None]}
+    params, _ = trainable_and_frozen(full)
+    start = params
+    gradient = jax.jit(jax.grad(partial(naive_loss, config=config, temperature=0.7)))
+    for rows in np.asarray(minibatch_rows(jax.random.key(3), ROWS, 2, 2)):
+        grads = gradient(params, {name: field[rows] for name, field in batch.items()})
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert largest(ours, start) > 1e-2
+    assert largest(ours, params) < 1e-5
+    assert float(metrics["policy/clipfrac"]) > 0 and float(metrics["val/clipfrac"]) > 0
+    assert float(metrics["val/first_ratio_error"]) < 1e-5 < float(metrics["val/ratio_error"])
+
+
+def test_accumulation_changes_nothing(full):
+    config = PPOConfig(epochs=2, minibatches=2)
+    experience, _ = experience_of(full, roll(full))
+    (whole, metrics), *others = (run(full, experience, dataclasses.replace(config, accumulation=n)) for n in (1, 2, 4))
+    assert largest(whole, trainable_and_frozen(full)[0]) > 1e-2
+    for params, parts in others:
+        assert largest(params, whole) < 1e-5
+        for name in metrics:
+            np.testing.assert_allclose(parts[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_prompt_padding_changes_nothing(full):
+    rollout = roll(full)
+    wide = rollout.replace(prompts=np.pad(PROMPTS, ((0, 0), (0, 4)), constant_values=9))
+    (experience, metrics), (padded, padded_metrics) = (experience_of(full, r) for r in (rollout, wide))
+    for field in ("logprobs", "values", "advantages", "returns"):
+        np.testing.assert_allclose(getattr(padded, field), getattr(experience, field), rtol=1e-4, atol=1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(padded_metrics[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert largest(run(full, padded, ONCE)[0], run(full, experience, ONCE)[0]) < 1e-5
+
+
+def test_garbage_beyond_a_length_changes_nothing(full):
+    experience, _ = experience_of(full, roll(full))
+    beyond = np.arange(COUNT) >= np.asarray(experience.lengths)[:, None]
+    garbage = {
+        name: np.where(beyond, fill, getattr(experience, name)).astype(getattr(experience, name).dtype)
+        for name, fill in (("tokens", 11), ("logprobs", -7.0), ("values", 50.0), ("advantages", 3.0), ("returns", -9.0))
+    }
+    assert beyond.any()
+    clean, dirty = run(full, experience, ONCE), run(full, experience.replace(**garbage), ONCE)
+    assert largest(dirty[0], clean[0]) < 1e-6
+    for name in clean[1]:
+        np.testing.assert_allclose(dirty[1][name], clean[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_every_epoch_reads_every_row_once_in_its_own_order():
+    rows = np.asarray(minibatch_rows(jax.random.key(0), 24, 4, 3))
+    assert rows.shape == (12, 8)
+    epochs = rows.reshape(4, 24)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(24), (4, 1)))
+    other = np.asarray(minibatch_rows(jax.random.key(1), 24, 4, 3)).reshape(4, 24)
+    orders = {tuple(order) for order in np.concatenate([epochs, other])}
+    assert len(orders) == 8
+    np.testing.assert_array_equal(minibatch_rows(jax.random.key(0), 24, 4, 3), rows)
+
+
+def test_one_program_for_all_iterations_and_the_key_matters(full):
+    config = PPOConfig(epochs=2, minibatches=2)
+    update = shared_update(config, full.spec, 1.0, OPTIMIZER)
+    jax.block_until_ready(run(full, experience_of(full, roll(full))[0], config))
+    assert update._cache_size() == 1
+    experience, _ = experience_of(full, roll(full))
+    params, frozen = trainable_and_frozen(full)
+    after = []
+    for key in (0, 1):
+        copied = jax.tree.map(jnp.copy, params)
+        state = TrainState(jnp.int32(0), copied, OPTIMIZER.init(copied))
+        state, _ = update(state, frozen, experience, jax.random.key(key))
+        after.append(jax.tree.map(np.asarray, state.params))
+        second, _ = experience_of(full, roll(full, key=key + 1))
+        state, _ = update(state, frozen, second, jax.random.key(7))
+        assert int(state.step) == 8
+    assert update._cache_size() == 1
+    assert largest(*after) > 1e-4  # other minibatches
+
+
+def test_lora_trains_adapters_and_head_and_leaves_the_bases(adapted):
+    params, frozen = trainable_and_frozen(adapted)
+    assert {role: set(part) for role, part in params.items()} == {"policy": {"adapters"}, "value": {"adapters", "head"}}
+    before = jax.tree.map(np.array, (params, frozen))
+    experience, _ = experience_of(adapted, roll(adapted))
+    after, metrics = run(adapted, experience, ONCE)
+    jax.tree.map(np.testing.assert_array_equal, (params, frozen), before)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    for target, leaf in after["policy"]["adapters"].items():
+        assert np.abs(leaf["b"]).max() > 0, target
+        assert np.abs(after["value"]["adapters"][target]["b"]).max() > 0, target
+    for name, leaf in after["value"]["head"].items():
+        assert np.abs(leaf - before[0]["value"]["head"][name]).max() > 0, name
+    assert all(np.isfinite(x) for x in metrics.values())
+
+
+def test_one_step_raises_the_probability_of_what_was_better_than_expected(full):
+    rollout = roll(full)
+    experience, _ = experience_of(full, rollout)
+    params, _ = run(full, experience, ONCE)
+    after, _ = score_logprobs(full.spec, params["policy"], rollout, 1)
+    assert float(jnp.sum(experience.advantages * (after - experience.logprobs))) > 0
+    values = score_values(full.spec, params["value"], rollout, 1)
+    error = [float(jnp.sum(jnp.square(v - experience.returns))) for v in (values, experience.values)]
+    assert error[0] < error[1]
