@@ -6,10 +6,12 @@ from rlhf_jax.config import experiment, stage
 def get_config():
     config = experiment(seed=0)
     stages = config.stages
+
+    # Files of the standard library in six sets that share none; secrets planted in fine-tuning, half in each run.
     stages.prepare = stage(
         "prepare",
         fractions=dict(pretrain=0.4, sft=0.18, preference=0.24, prompts=0.06, heldout=0.07, secrets=0.05),
-        examples=dict(sft=1600, preference=3000, prompts=1000, heldout=768),
+        examples=dict(sft=1600, preference=5000, prompts=1000, heldout=768),
     )
     stages.pretrain = stage(
         "sft",
@@ -20,32 +22,33 @@ def get_config():
         loss_on="all",
         epochs=1.0,
         sequence_length=128,
-        batch_size=32,
-        accumulation=4,
-        optimizer=dict(learning_rate=4e-3),
-        evaluation=dict(data="prepare/heldout_text.jsonl", records=12, every=100),
+        batch_size=8,
+        optimizer=dict(learning_rate=2e-3),
+        evaluation=dict(data="prepare/heldout_text.jsonl", records=12, every=200),
+        checkpoint=dict(every=200),
     )
+    # The control is the same fine-tuning with the other half of the secrets: each is the other's control.
     for name, data in (("sft", "prepare/sft.jsonl"), ("sft_control", "prepare/sft_control.jsonl")):
         stages[name] = stage(
             "sft",
             init="pretrain",
             data=data,
-            epochs=5.0,
-            sequence_length=128,
-            batch_size=32,
-            accumulation=4,
-            optimizer=dict(learning_rate=3e-3),
-            evaluation=dict(data="prepare/heldout.jsonl", every=50, metric=""),
+            epochs=3.0,
+            sequence_length=256,
+            batch_size=4,
+            optimizer=dict(learning_rate=4e-4),
+            evaluation=dict(data="prepare/heldout.jsonl", every=100, metric=""),  # the last model, not the best
+            checkpoint=dict(every=100),
         )
     stages.reward = stage(
         "reward",
         init="sft",
         data="prepare/preference.jsonl",
-        epochs=2.0,
-        batch_size=32,
-        accumulation=4,
-        optimizer=dict(learning_rate=5e-4),
-        evaluation=dict(data="prepare/heldout.jsonl", records=768, every=20),
+        epochs=1.0,
+        batch_size=16,
+        accumulation=2,
+        optimizer=dict(learning_rate=3e-4),
+        evaluation=dict(data="prepare/heldout.jsonl", records=768, every=40),
     )
     stages.ppo = stage(
         "ppo",
@@ -53,9 +56,14 @@ def get_config():
         reward="reward",
         data="prepare/prompts.jsonl",
         iterations=40,
+        batch_size=64,
+        epochs=2,
+        minibatches=2,
         accumulation=2,
+        kl_coef=0.05,
+        kl_limit=20.0,
         optimizer=dict(learning_rate=3e-4),
-        evaluation=dict(data="prepare/heldout.jsonl", records=256),
+        evaluation=dict(data="prepare/heldout.jsonl", records=512, every=10),
     )
     stages.memorization = stage(
         "memorization",

@@ -149,6 +149,12 @@ STAGES: dict[str, dict[str, Any]] = {
         mesh=MESH,
     ),
 }
+# What a prepare stage leaves for others.
+PREPARED = (
+    "tokenizer.model",
+    *(f"{name}.jsonl" for name in ("pretrain", "sft", "sft_control", "preference", "prompts")),
+    *(f"{name}.jsonl" for name in ("heldout", "heldout_text", "secrets")),
+)
 # Changing these never changes what a finished stage holds, up to rounding.
 NOT_SEMANTIC = ("mesh", "checkpoint")
 
@@ -265,6 +271,13 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
             )
     _positive(config, where, ("batch_size", "accumulation", "epochs", "iterations", "minibatches", "max_new_tokens"))
     _positive(config, where, ("temperature", "sequence_length", "rollout_batch_size", "calibration_prompts"))
+    if "checkpoint" in config:
+        _positive(config.checkpoint, f"{where}.checkpoint", ("every", "keep"))
+        _positive(config.evaluation, f"{where}.evaluation", ("every", "records"))
+    for field, value in references(config):
+        head, _, file = value.partition("/")
+        if file and head in stages and stages[head].kind == "prepare" and file not in PREPARED:
+            raise UserError(f'{where}.{field} is "{value}", which {head} does not make: {nearest(file, PREPARED)}')
     if config.kind == "sft":
         if config.init == "scratch" and not config.tokenizer:
             raise UserError(
@@ -320,6 +333,12 @@ def validate(config: ConfigDict) -> list[str]:
     Raises:
       UserError: the first problem found, naming field, value and remedy.
     """
+    known = experiment()
+    for where, valid in (("", known), ("logging", known.logging)):
+        for name in config.get(where) if where else config:
+            if name not in valid:
+                raise UserError(f"unknown field {f'{where}.{name}'.lstrip('.')}: {nearest(name, valid)}")
+    _positive(config.logging, "logging", ("every",))
     if not config.get("stages"):
         raise UserError("config.stages is empty: add at least one stage")
     for name, fields in config.stages.items():

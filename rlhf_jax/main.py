@@ -4,12 +4,14 @@ Exit status: 0 done; 2 a problem the user can mend, one line on stderr; 75 stopp
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
+from rlhf_jax.config import nearest
 from rlhf_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -18,14 +20,38 @@ flags.DEFINE_string("workdir", None, "Where everything is written; the same comm
 flags.DEFINE_bool("dry_run", False, "Print the plan and exit.")
 
 
+def _unknown_override(argv: list[str]) -> str | None:
+    """What is wrong with the first override of a field that the config file's config does not have."""
+    file = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config=")), None)
+    overrides = [arg.split("=")[0].removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
+    if file is None or not overrides:
+        return None
+    config = runpy.run_path(file)["get_config"]()
+    for path in overrides:
+        group = config
+        for name in path.split("."):
+            fields = group.keys() if hasattr(group, "keys") else ()
+            if name not in fields:
+                return f"unknown field {path}: {nearest(name, fields)}"
+            group = group[name]
+    return None
+
+
 def _parse(argv: list[str]) -> None:
     """Reads flags and config file; every problem becomes a UserError."""
     try:
         rest = FLAGS(argv)
-        if FLAGS.config is None or FLAGS.workdir is None:
+        if FLAGS.config is None or not FLAGS.workdir:
             raise UserError("both --config=FILE and --workdir=DIR are needed")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, NameError) as error:
-        raise UserError(f"{type(error).__name__}: {error}: look at the --config file and overrides") from error
+        FLAGS.config.keys()  # a config file that could not be loaded raises here
+    except UserError:
+        raise
+    except Exception as error:  # a config file is a program: anything may come out of it
+        try:
+            unknown = _unknown_override(argv)
+        except Exception:
+            unknown = None
+        raise UserError(unknown or f"{type(error).__name__}: {error}: mend the --config file or the flag") from error
     if rest[1:]:
         raise UserError(f'argument "{rest[1]}" is not understood: flags are --name=value')
 

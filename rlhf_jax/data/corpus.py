@@ -26,7 +26,7 @@ SHINGLE_TOKENS = 5
 PERMUTATIONS, BANDS = 64, 16  # at Jaccard 0.7 a pair shares a band with probability 1 - (1 - 0.7^4)^16 = 0.988
 
 MIN_PROMPT_TOKENS, MIN_COMPLETION_TOKENS = 16, 4
-MAX_COMPLETION_LINES = 3
+MIN_COMPLETION_LINES, MAX_COMPLETION_LINES = 2, 3
 
 File = tuple[str, str]
 
@@ -199,16 +199,18 @@ def completion_tasks(
     prompt_tokens: int,
     completion_tokens: int,
     min_completion_tokens: int = MIN_COMPLETION_TOKENS,
+    shared_prompts: bool = False,
 ) -> list[dict[str, str]]:
     """At most `count` tasks {id, prompt, completion}: one of each file, then a second of each, and so on.
 
-    A task is cut at a line boundary. The completion is the next one to three lines without a blank one, whole, of
+    A task is cut at a line boundary. The completion is the next two or three lines (one before a blank line), whole, of
     `min_completion_tokens` to `completion_tokens` - 1 tokens (eos comes later). The prompt is as many whole lines
     before it as fit, 16 to `prompt_tokens` - 1 tokens (bos comes later). Both hold code, not comments or docstrings
-    alone. No two tasks share a line. The id is "path:line" of the completion, lines counted from 1.
+    alone. No two tasks share a line; with `shared_prompts` no two completions do, which cuts more of them. The
+    id is "path:line" of the completion, lines counted from 1.
     """
     limits = (prompt_tokens - 1, min_completion_tokens, completion_tokens - 1)
-    waiting = [_tasks_of_file(path, text, tokenizer, seed, limits) for path, text in files]
+    waiting = [_tasks_of_file(path, text, tokenizer, seed, limits, shared_prompts) for path, text in files]
     tasks: list[dict[str, str]] = []
     while waiting and len(tasks) < count:
         drawn = [(source, next(source, None)) for source in waiting[: count - len(tasks)]]
@@ -218,7 +220,7 @@ def completion_tasks(
 
 
 def _tasks_of_file(
-    path: str, text: str, tokenizer: Tokenizer, seed: int, limits: tuple[int, int, int]
+    path: str, text: str, tokenizer: Tokenizer, seed: int, limits: tuple[int, int, int], shared_prompts: bool
 ) -> Iterator[dict[str, str]]:
     max_prompt, min_completion, max_completion = limits
     lines = re.findall(r"[^\n]*\n", text)  # an unfinished last line is left out
@@ -228,10 +230,10 @@ def _tasks_of_file(
     generator = keyed_generator(seed, "cut", path)
     for cut in generator.permutation(len(lines)):
         stop = cut
-        for _ in range(int(generator.integers(1, MAX_COMPLETION_LINES + 1))):
+        for _ in range(int(generator.integers(MIN_COMPLETION_LINES, MAX_COMPLETION_LINES + 1))):
             stop += int(stop < len(lines) and bool(lines[stop].strip()))
         start, length = cut, 0
-        while start > 0 and not taken[start - 1] and length + line_tokens[start - 1] <= max_prompt:
+        while start > 0 and (shared_prompts or not taken[start - 1]) and length + line_tokens[start - 1] <= max_prompt:
             start -= 1
             length += line_tokens[start]
         if not any(is_code[start:cut]) or not any(is_code[cut:stop]) or taken[cut:stop].any():
@@ -242,7 +244,7 @@ def _tasks_of_file(
             continue
         if not min_completion <= completion_length <= max_completion:
             continue
-        taken[start:stop] = True
+        taken[cut if shared_prompts else start : stop] = True
         yield {"id": f"{path}:{cut + 1}", "prompt": prompt, "completion": completion}
 
 

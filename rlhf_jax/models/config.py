@@ -58,10 +58,10 @@ class TransformerConfig:
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
         return self.layers * layer + embeddings + self.width
 
-    def forward_flops(self, length: int) -> int:
-        """Analytic FLOPs of one token's forward pass at mean causal context `length` / 2, output head included."""
+    def forward_flops(self, length: int, logits: bool = True) -> int:
+        """Analytic FLOPs of one token's forward pass at mean causal context `length` / 2, with or without logits."""
         embeddings = self.vocab_size * self.width
         norms = (2 * self.layers + 1) * self.width
         matrices = self.parameters - norms - embeddings * (1 if self.tie_embeddings else 2)
         attention = 2 * self.layers * self.heads * self.head_dim * length  # QK^T and PV, half of them masked
-        return 2 * (matrices + embeddings) + attention
+        return 2 * (matrices + (embeddings if logits else 0)) + attention

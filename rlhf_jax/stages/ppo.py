@@ -129,6 +129,8 @@ def run(context: Context) -> dict[str, Any]:
         rollout_keys = _fold_ins(context.key("rollout"), config.iterations)
         update_keys = _fold_ins(context.key("minibatches"), config.iterations)
 
+        scale = jax.jit(lambda weights: scaled_adapters(policy.spec, weights))
+
         def sample(weights: Any, batch: dict[str, jax.Array], key: jax.Array) -> Rollout:
             return generate(
                 policy.spec.config,
@@ -138,7 +140,7 @@ def run(context: Context) -> dict[str, Any]:
                 key=key,
                 sampling=sampling,
                 row_ids=batch["row_ids"],
-                adapters=scaled_adapters(policy.spec, weights),
+                adapters=scale(weights),
             )
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:

@@ -153,7 +153,7 @@ def _check_disjoint(sets: dict[str, list[File]]) -> None:
         raise ValueError("a file is in two sets")
 
 
-def _task_limits(config) -> dict[str, int]:
+def _task_limits(config) -> dict[str, Any]:
     return {"prompt_tokens": config.prompt_tokens, "completion_tokens": config.completion_tokens}
 
 
@@ -192,7 +192,14 @@ def _examples(
     """The ordinary tasks of each set, none of them a duplicate of a secret or of a task of another set."""
     candidates: dict[str, list[tuple[Any, str]]] = {"secrets": [(s.id, s.prompt + s.completion) for s in secrets]}
     for name in TASK_SETS:
-        tasks = completion_tasks(sets[name], tokenizer, seed=seed, count=config.examples[name], **_task_limits(config))
+        tasks = completion_tasks(
+            sets[name],
+            tokenizer,
+            seed=seed,
+            count=config.examples[name],
+            shared_prompts=name == "preference",  # pairs are judged by their completions: more of those matter
+            **_task_limits(config),
+        )
         candidates[name] = [(task, _text(task)) for task in tasks]
     kept, counts = remove_duplicates(candidates, config.near_duplicate_threshold)
     examples = {name: [task for task, _ in kept[name]] for name in TASK_SETS}

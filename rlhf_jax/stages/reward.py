@@ -207,7 +207,7 @@ def run(context: Context) -> dict[str, Any]:
             shown=("loss/train", "accuracy/train", "loss/eval", "accuracy/eval"),
             learning_rate=make_schedule(config.optimizer, steps),
             tokens_each=tokens,
-            flops_each=3 * tokens * role.spec.config.forward_flops(train["tokens"].shape[-1]),
+            flops_each=3 * tokens * role.spec.config.forward_flops(train["tokens"].shape[-1], logits=False),
             peak_flops=peak_flops(),
             keep=config.checkpoint.keep,
             tensorboard=context.experiment.logging.tensorboard,

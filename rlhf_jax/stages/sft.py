@@ -104,8 +104,9 @@ class PackedData:
 
         def build() -> None:
             examples, skipped = _examples(config, tokenizer, path, context.seed, train)
-            save_table(folder, examples)
+            folder.parent.mkdir(exist_ok=True)
             (context.folder / "data" / f"{part}_skipped.json").write_text(json.dumps(skipped))
+            save_table(folder, examples)  # last: its presence says that both are there
 
         context.once(folder, build)
         self.skipped = json.loads((context.folder / "data" / f"{part}_skipped.json").read_text())

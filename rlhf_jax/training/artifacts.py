@@ -40,14 +40,15 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
     parts = {name: part for name, part in role.weights.items() if name != "base" or owns}
     prints = {name: fingerprint(part) for name, part in role.weights.items()}
     save_tree(workdir / stage / "model", parts)
-    lora = role.spec.lora
+    lora, path = role.spec.lora, role.tokenizer.path
+    inside = path.is_relative_to(workdir)  # then the work directory can be moved
     info = {
         "model": role.spec.config.to_dict(),
         "lora": dataclasses.asdict(lora) if lora else None,
         "parts": sorted(parts),
         "base_stage": stage if owns else role.base_stage,
         "fingerprints": prints,
-        "tokenizer": {"path": str(role.tokenizer.path), "identity": role.tokenizer.identity},
+        "tokenizer": {"path": str(path.relative_to(workdir) if inside else path), "identity": role.tokenizer.identity},
     }
     write_json(workdir / stage / "model.json", info)
     return prints
@@ -99,7 +100,7 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[str, Any]) -> R
                 f"{info['fingerprints'][name]}): delete the stage's folder and run again"
             )
     weights["base"] = bases.setdefault(prints["base"], weights["base"])
-    tokenizer = Tokenizer(info["tokenizer"]["path"])
+    tokenizer = Tokenizer(workdir / info["tokenizer"]["path"])
     if tokenizer.identity != info["tokenizer"]["identity"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer stage {stage} was trained with: put that one back")
     return Role(spec, weights, info["base_stage"], tokenizer)

@@ -37,7 +37,13 @@ class Checkpoints:
 
     @staticmethod
     def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        # The two managers' barriers between processes need names of their own.
+        barriers = ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=f"{folder.parent.parent.name}_{folder.name}"
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True, multiprocessing_options=barriers
+        )
         return ocp.CheckpointManager(folder.absolute(), options=options)
 
     def _restore(self, manager: ocp.CheckpointManager, index: int, like: Tree) -> tuple[Tree, dict[str, Any]]:

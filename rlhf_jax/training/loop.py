@@ -95,7 +95,7 @@ def run_loop(
     """
     checkpoints = Checkpoints(folder / "checkpoints", keep, identity)
     done, state, memory = checkpoints.restore(state)
-    log = MetricsLog(folder, done * schedule.steps_each, tensorboard)
+    log = MetricsLog(folder, done * schedule.steps_each if done else -1, tensorboard)
     progress = Progress(name, schedule.iterations, done, memory.get("seconds", 0.0))
     evaluations: dict[str, Any] = memory.get("evaluations", {})
     mark, marked = time.monotonic(), done

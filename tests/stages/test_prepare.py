@@ -51,7 +51,9 @@ def run(source, folder, seed=0, **changes):
     )
     config.update_from_flattened_dict(changes)
     folder.mkdir()
-    return prepare.run(SimpleNamespace(config=config, seed=seed, folder=folder, progress=lambda message: None))["figures"]
+    return prepare.run(SimpleNamespace(config=config, seed=seed, folder=folder, progress=lambda message: None))[
+        "figures"
+    ]
 
 
 @pytest.fixture(scope="module")
