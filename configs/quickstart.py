@@ -33,10 +33,10 @@ def get_config():
             "sft",
             init="pretrain",
             data=data,
-            epochs=3.0,
+            epochs=4.0,
             sequence_length=256,
             batch_size=4,
-            optimizer=dict(learning_rate=4e-4),
+            optimizer=dict(learning_rate=7e-4),
             evaluation=dict(data="prepare/heldout.jsonl", every=100, metric=""),  # the last model, not the best
             checkpoint=dict(every=100),
         )

@@ -103,6 +103,7 @@ STAGES: dict[str, dict[str, Any]] = {
         on_error="raise",
         max_new_tokens=32,
         temperature=1.0,
+        answer_mark=True,  # show the reward model where the answer begins, by the tokenizer's fim_middle token
         samples=1,  # rejected answers, and so pairs, of each training prompt
         rollout_batch_size=128,
         batch_size=32,  # pairs

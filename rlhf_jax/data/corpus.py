@@ -26,7 +26,7 @@ SHINGLE_TOKENS = 5
 PERMUTATIONS, BANDS = 64, 16  # at Jaccard 0.7 a pair shares a band with probability 1 - (1 - 0.7^4)^16 = 0.988
 
 MIN_PROMPT_TOKENS, MIN_COMPLETION_TOKENS = 16, 4
-MIN_COMPLETION_LINES, MAX_COMPLETION_LINES = 2, 3
+MAX_COMPLETION_LINES = 3
 
 File = tuple[str, str]
 
@@ -203,7 +203,7 @@ def completion_tasks(
 ) -> list[dict[str, str]]:
     """At most `count` tasks {id, prompt, completion}: one of each file, then a second of each, and so on.
 
-    A task is cut at a line boundary. The completion is the next two or three lines (one before a blank line), whole, of
+    A task is cut at a line boundary. The completion is the next one to three lines without a blank one, whole, of
     `min_completion_tokens` to `completion_tokens` - 1 tokens (eos comes later). The prompt is as many whole lines
     before it as fit, 16 to `prompt_tokens` - 1 tokens (bos comes later). Both hold code, not comments or docstrings
     alone. No two tasks share a line; with `shared_prompts` no two completions do, which cuts more of them. The
@@ -230,7 +230,7 @@ def _tasks_of_file(
     generator = keyed_generator(seed, "cut", path)
     for cut in generator.permutation(len(lines)):
         stop = cut
-        for _ in range(int(generator.integers(MIN_COMPLETION_LINES, MAX_COMPLETION_LINES + 1))):
+        for _ in range(int(generator.integers(1, MAX_COMPLETION_LINES + 1))):
             stop += int(stop < len(lines) and bool(lines[stop].strip()))
         start, length = cut, 0
         while start > 0 and (shared_prompts or not taken[start - 1]) and length + line_tokens[start - 1] <= max_prompt:

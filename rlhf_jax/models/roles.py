@@ -22,10 +22,17 @@ Weights = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RoleSpec:
-    """What is static about a role: the decoder's shape and its adapters' (None: every weight trains)."""
+    """What is static about a role.
+
+    Attributes:
+      config: the decoder's shape.
+      lora: its adapters' settings; None: every weight trains.
+      answer_mark: token a reward role reads between prompt and answer; None: nothing.
+    """
 
     config: TransformerConfig
     lora: LoraConfig | None = None
+    answer_mark: int | None = None
 
 
 def init_base(config: TransformerConfig, *, key: Array) -> dict[str, Any]:

@@ -81,5 +81,11 @@ def last_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array)
 def answer_scores(
     spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
 ) -> Array:
-    """The reward head's score at each row's last real token: (B,) float32."""
+    """The reward head's score at each row's last real token: (B,) float32.
+
+    A role with an answer mark reads it at the end of the prompt: without it nothing tells where the answer begins.
+    """
+    if spec.answer_mark is not None:
+        mark = jnp.full((prompts.shape[0], 1), spec.answer_mark, prompts.dtype)
+        prompts, prompt_lengths = join(prompts, prompt_lengths, mark), prompt_lengths + 1
     return last_scores(spec, weights, join(prompts, prompt_lengths, answers), prompt_lengths + lengths)

@@ -3,6 +3,7 @@
 Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1.
 """
 
+import dataclasses
 import math
 import os
 from functools import partial
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.order import DataOrder
 from rlhf_jax.data.records import read_records
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.intervals import wilson
@@ -59,8 +61,14 @@ def reward_objective(spec: RoleSpec) -> Objective:
     return objective
 
 
-def _make_pairs(context: Context, policy: Role, path: Path, part: str, mesh: Mesh) -> Pairs:
-    """Rows of (prompt + own continuation, prompt + policy's sample), made once and kept in the stage's folder.
+def _marked_prompts(spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]]) -> list[list[int]]:
+    """Prompts as the reward model reads them: [bos] prompt, and its answer mark."""
+    mark = [] if spec.answer_mark is None else [spec.answer_mark]
+    return [[tokenizer.bos_id, *tokenizer.encode(r["prompt"]), *mark] for r in records]
+
+
+def _make_pairs(context: Context, spec: RoleSpec, policy: Role, path: Path, part: str, mesh: Mesh) -> Pairs:
+    """Rows of (prompt + own continuation, prompt + policy's sample) as the reward model reads them, made once.
 
     Returns {"tokens": (n, 2, T) int32, "lengths": (n, 2) int32 in all, "answer_lengths": (n, 2), "ended": (n, 2) bool}.
     A pair whose two answers are the same tokens is left out.
@@ -74,7 +82,8 @@ def _make_pairs(context: Context, policy: Role, path: Path, part: str, mesh: Mes
             records = records[: config.evaluation.records]
         prompts = [[tokenizer.bos_id, *tokenizer.encode(r["prompt"])] for r in records]
         count = config.max_new_tokens
-        check_lengths(prompts, count, policy.spec.config.context, str(path))
+        marked = _marked_prompts(spec, tokenizer, records)
+        check_lengths(marked, count, policy.spec.config.context, str(path))
         own = [([*tokenizer.encode(r["completion"]), tokenizer.eos_id])[:count] for r in records]
         ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
         rows = []
@@ -90,12 +99,12 @@ def _make_pairs(context: Context, policy: Role, path: Path, part: str, mesh: Mes
                 mesh=mesh,
                 name=f"{context.name}: {part} samples",
             )
-            for prompt, chosen, tokens, length in zip(prompts, own, sampled, lengths, strict=True):
+            for prompt, chosen, tokens, length in zip(marked, own, sampled, lengths, strict=True):
                 rejected = tokens[:length].tolist()
                 if chosen != rejected:
                     rows.append((prompt, chosen, rejected))
             dropped = len(prompts) * (draw + 1) - len(rows)
-        width = max(len(p) for p in prompts) + count
+        width = max(len(p) for p in marked) + count
         pairs: Pairs = {
             "tokens": np.zeros((len(rows), 2, width), np.int32),
             "lengths": np.asarray([[len(p) + len(c), len(p) + len(r)] for p, c, r in rows], np.int32),
@@ -165,12 +174,14 @@ def run(context: Context) -> dict[str, Any]:
         start = context.load(config.init, mesh)
         policy = context.load(config.policy, mesh) if config.policy else start
         role = continue_role(start, context.lora(), key=context.key("adapters"))
+        if config.answer_mark and role.tokenizer.fim_middle_id is not None:
+            role.spec = dataclasses.replace(role.spec, answer_mark=role.tokenizer.fim_middle_id)
         width = role.spec.config.width
         role.weights["head"] = init_head(width, (width + 1) ** -0.5, key=context.key("head"))
-        train = _make_pairs(context, policy, context.path(config.data), "train", mesh)
+        train = _make_pairs(context, role.spec, policy, context.path(config.data), "train", mesh)
         held_out = None
         if config.evaluation.data:
-            held_out = _make_pairs(context, policy, context.path(config.evaluation.data), "evaluation", mesh)
+            held_out = _make_pairs(context, role.spec, policy, context.path(config.evaluation.data), "evaluation", mesh)
         pairs = len(train["lengths"])
         order = DataOrder(pairs, order_seed(context.seed, context.name))
         steps = max(1, math.ceil(config.epochs * pairs / config.batch_size))
@@ -275,10 +286,11 @@ def _calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[s
         mesh=mesh,
         name=f"{context.name}: calibration samples",
     )
+    marked = _marked_prompts(role.spec, tokenizer, records)
     count, size = len(prompts), config.batch_size
-    joined = np.zeros((count, max(len(p) for p in prompts) + tokens.shape[1]), np.int32)
-    totals = np.asarray([len(p) for p in prompts], np.int32) + lengths
-    for i, prompt in enumerate(prompts):
+    joined = np.zeros((count, max(len(p) for p in marked) + tokens.shape[1]), np.int32)
+    totals = np.asarray([len(p) for p in marked], np.int32) + lengths
+    for i, prompt in enumerate(marked):
         joined[i, : totals[i]] = prompt + tokens[i, : lengths[i]].tolist()
     rows = np.concatenate([np.arange(count), np.zeros(-count % size, int)]).reshape(-1, size)
     score = jax.jit(lambda weights, batch: last_scores(role.spec, weights, batch["tokens"], batch["lengths"]))

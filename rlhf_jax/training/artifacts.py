@@ -45,6 +45,7 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
     info = {
         "model": role.spec.config.to_dict(),
         "lora": dataclasses.asdict(lora) if lora else None,
+        "answer_mark": role.spec.answer_mark,
         "parts": sorted(parts),
         "base_stage": stage if owns else role.base_stage,
         "fingerprints": prints,
@@ -85,7 +86,7 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[str, Any]) -> R
     """
     info = read_info(workdir, stage)
     lora = LoraConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])}) if info["lora"] else None
-    spec = RoleSpec(TransformerConfig(**info["model"]), lora)
+    spec = RoleSpec(TransformerConfig(**info["model"]), lora, info["answer_mark"])
     weights = load_tree(workdir / stage / "model", _like(spec, info["parts"], mesh))
     if "base" not in weights:
         wanted = info["fingerprints"]["base"]

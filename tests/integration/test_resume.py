@@ -149,12 +149,17 @@ def test_a_cut_around_the_writing_of_tokenized_data_leaves_nothing_half_made(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("stage", CUT)
 def test_every_stage_cut_at_every_step_ends_as_an_uncut_one(finished, chain_config, tmp_path, stage, number, step):
-    workdir = copy_stages(finished[0], tmp_path / "work", CHAIN[: CHAIN.index(stage)])
-    cut_at_step(chain_config, workdir, stage, step, number)
+    for attempt in range(4):
+        workdir = copy_stages(finished[0], tmp_path / f"work{attempt}", CHAIN[: CHAIN.index(stage)])
+        Command(chain_config, workdir).signal_when(reached(workdir, stage, step), number)
+        if not (workdir / stage / "result.json").exists():
+            break
+    else:
+        raise AssertionError("every cut came after the last step")
     with (workdir / stage / "metrics.jsonl").open("a") as file:
         file.write(TORN)
     done = run_main(chain_config, workdir)
