@@ -62,7 +62,7 @@ def get_config():
         accumulation=2,
         kl_coef=0.05,
         kl_limit=20.0,
-        optimizer=dict(learning_rate=3e-4),
+        optimizer=dict(learning_rate=1.5e-4),
         evaluation=dict(data="prepare/heldout.jsonl", records=512, every=10),
     )
     stages.memorization = stage(

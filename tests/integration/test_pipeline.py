@@ -149,6 +149,22 @@ def test_a_work_directory_that_was_moved_still_loads(finished, tmp_path):
     assert role.tokenizer.identity == info["tokenizer"]["identity"]
 
 
+def test_a_base_that_was_loaded_for_another_mesh_lies_on_the_one_asked_for(finished):
+    workdir, bases = finished[0], {}
+    for shape in ((8, 1, 1), (2, 4, 1)):
+        mesh = make_mesh(*shape)
+        base = load_role(workdir, "sft", mesh, bases).weights["base"]
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(base)), shape
+        assert base["embedding"].addressable_shards[0].data.shape == (400, 32 // shape[1])
+
+
+def test_roles_of_one_base_on_one_mesh_get_the_same_arrays(with_adapters):
+    bases, mesh = {}, make_mesh()
+    loaded = [load_role(with_adapters[0], stage, mesh, bases) for stage in ("pretrain", "sft", "reward", "ppo")]
+    first, *others = [role.weights["base"] for role in loaded]
+    assert all(base is first for base in others)
+
+
 def test_a_dry_run_says_what_would_run_and_writes_nothing(config_file, tmp_path):
     environment = {"JAX_COMPILATION_CACHE_DIR": ""}
     done = run_main(config_file, tmp_path / "work", "--dry_run", environment=environment)
