@@ -311,7 +311,7 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
             raise UserError(f"{where}.subjects is empty: name the stages whose models are asked")
         for subject in (*config.subjects, *config.controls, *config.controls.values()):
             if subject not in stages or stages[subject].kind not in ("sft", "ppo"):
-                hint = nearest(subject, [n for n in stages if n != name])
+                hint = nearest(subject, [n for n in stages if stages[n].kind in ("sft", "ppo")])
                 raise UserError(f'{where} asks "{subject}", which is no sft or ppo stage: {hint}')
     if "lora" in config and config.lora.rank:
         valid = LORA["targets"]

@@ -26,6 +26,8 @@ KINDS: dict[str, Any] = {
     "memorization": memorization,
 }
 
+HOST_ONLY = ("prepare",)  # kinds that use no device: process 0 runs them, the others wait
+
 
 def semantic_fields(config: ConfigDict) -> dict[str, Any]:
     """The fields of a stage that decide what it makes."""
@@ -139,8 +141,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     order = validate(config)
     names = identities(config, order)
     _refuse_changes(workdir, config, names)
-    bases: dict[str, Any] = {}
-    contexts = {name: Context(name, config, workdir, names[name], bases) for name in order}
+    contexts = {name: Context(name, config, workdir, names[name]) for name in order}
     waiting = [name for name in order if not (workdir / name / "result.json").exists()]
     for name in waiting:
         kind = KINDS[config.stages[name].kind]
@@ -157,6 +158,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             continue
         _say(title)
         _run_stage(contexts[name])
+        contexts[name].bases.clear()  # the next stage loads what it names
     _write_summary(workdir, config, order)
     if is_main_process():
         _say(f"report: {write_report(workdir)}")
@@ -177,6 +179,9 @@ def _run_stage(context: Context) -> None:
 
     barrier(f"begin {context.name}")
     note(before)
+    if config.kind in HOST_ONLY and not is_main_process():
+        barrier(f"end {context.name}")
+        return
     try:
         result = KINDS[config.kind].run(context)
     except Stopped:

@@ -1,5 +1,6 @@
 """Answers to a whole set of prompts, batch by batch at one shape."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -59,7 +60,9 @@ def answer_all(
     width = max(len(ids) for ids in prompts)
     base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
     parts = []
-    for start in tqdm(range(0, len(prompts), size), desc=name, disable=not is_main_process(), mininterval=1.0):
+    for start in tqdm(
+        range(0, len(prompts), size), desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout
+    ):
         rows = pad_prompts(prompts[start : start + size], width, size)
         ids = row_ids[start : start + size]
         rows["row_ids"] = np.concatenate([ids, np.zeros(size - len(ids), np.int32)])

@@ -24,7 +24,7 @@ class Context:
     experiment: ConfigDict
     workdir: Path
     identity: str  # hash of the stage's semantic fields and of its upstream stages
-    bases: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bases: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> ConfigDict:

@@ -75,11 +75,11 @@ def read_info(workdir: Path, stage: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[str, Any]) -> Role:
+def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[Any, Any]) -> Role:
     """Reads a stage's result onto the mesh.
 
     Args:
-      bases: fingerprint -> base already loaded on this mesh; roles of one base get the same arrays. Added to.
+      bases: (fingerprint, mesh) -> base already loaded; roles of one base get the same arrays. Added to.
 
     Raises:
       UserError: files are missing, changed, or of another model.
@@ -89,7 +89,7 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[str, Any]) -> R
     spec = RoleSpec(TransformerConfig(**info["model"]), lora, info["answer_mark"])
     weights = load_tree(workdir / stage / "model", _like(spec, info["parts"], mesh))
     if "base" not in weights:
-        wanted = info["fingerprints"]["base"]
+        wanted = (info["fingerprints"]["base"], mesh)
         if wanted not in bases:
             bases[wanted] = load_role(workdir, info["base_stage"], mesh, bases).weights["base"]
         weights = {**weights, "base": bases[wanted]}
@@ -100,7 +100,7 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[str, Any]) -> R
                 f"{workdir / stage / 'model'}: the {name} weights are not those model.json names ({seen} against "
                 f"{info['fingerprints'][name]}): delete the stage's folder and run again"
             )
-    weights["base"] = bases.setdefault(prints["base"], weights["base"])
+    weights["base"] = bases.setdefault((prints["base"], mesh), weights["base"])
     tokenizer = Tokenizer(workdir / info["tokenizer"]["path"])
     if tokenizer.identity != info["tokenizer"]["identity"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer stage {stage} was trained with: put that one back")

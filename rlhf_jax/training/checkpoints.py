@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, identity: str):
         self.identity = identity
         self._latest = self._manager(folder / "latest", keep)
-        self._best = self._manager(folder / "best", 1)
+        self._best = self._manager(folder / "best", 2)  # the newest `latest` may name the one before
 
     @staticmethod
     def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
@@ -73,6 +73,7 @@ class Checkpoints:
 
     def save(self, index: int, state: Tree, memory: dict[str, Any]) -> None:
         """Saves in the background after `index` steps."""
+        self._best.wait_until_finished()  # what `memory` names as best must be there first
         self._save(self._latest, index, state, memory)
 
     def save_best(self, index: int, params: Tree) -> None:
