@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         "seconds_all": out["seconds_all"],
         "tokens_per_second": out["tokens"] / seconds,
         "peak_memory_mib": peak,
-    }
+    } | {name: out[name] for name in ("parts",) if name in out}
     print(json.dumps(line))
     return 0
 

@@ -2,6 +2,7 @@
 4096, float32. Every workload is the library's own step on random tokens; nothing stops early.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, init_base
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.stages.sft import sft_objective
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.ppo import PPOConfig, make_experience, make_update, score_logprobs, score_values
@@ -111,20 +112,29 @@ def ppo(repeats: int) -> dict[str, Any]:
     sampling = Sampling(64, stop_ids=NEVER)
     lengths = jnp.full((16,), 64, jnp.int32)
 
-    def once(i: int) -> Any:
-        acting = box[0].params
+    def answers(i: int) -> Rollout:
         prompts = rng.integers(3, 4096, (16, 64)).astype(np.int32)
-        key = jax.random.key(i)
-        rollout = generate(spec.config, acting["policy"]["base"], prompts, lengths, key=key, sampling=sampling)
+        base = box[0].params["policy"]["base"]
+        return generate(spec.config, base, prompts, lengths, key=jax.random.key(i), sampling=sampling)
+
+    def score(rollout: Rollout) -> tuple[Any, ...]:
+        acting = box[0].params
         logprobs, entropy = score_logprobs(spec, acting["policy"], rollout, config.accumulation)
         ref_logprobs, _ = score_logprobs(spec, reference, rollout, config.accumulation)
-        values = score_values(spec, acting["value"], rollout, config.accumulation)
+        return logprobs, ref_logprobs, entropy, score_values(spec, acting["value"], rollout, config.accumulation)
+
+    def once(i: int) -> Any:
+        rollout = answers(i)
+        logprobs, ref_logprobs, entropy, values = score(rollout)
         scores = (rollout.lengths % 7).astype(jnp.float32)
         experience, metrics = make_experience(config, rollout, logprobs, ref_logprobs, entropy, values, scores)
-        box[0], updates = update(box[0], frozen, experience, key)
+        box[0], updates = update(box[0], frozen, experience, jax.random.key(i))
         return metrics | updates
 
-    return {"seconds_all": _timed(once, repeats), "tokens": 16 * 128}
+    seconds = _timed(once, repeats)
+    rollout = answers(0)
+    parts = {"rollout": _timed(answers, 3), "scoring": _timed(lambda i: score(rollout), 3)}
+    return {"seconds_all": seconds, "tokens": 16 * 128, "parts": {k: statistics.median(v) for k, v in parts.items()}}
 
 
 WORKLOADS: dict[str, Callable[[int], dict[str, Any]]] = {"sft": sft, "generate": generation, "ppo": ppo}
