@@ -101,7 +101,7 @@ def ppo(repeats: int) -> dict[str, Any]:
     critic and reference apart; embeddings untied as in the peer's script. The score is the answer's length modulo 7.
     """
     spec, rng = RoleSpec(workload_w(tie_embeddings=False)), np.random.default_rng(0)
-    config = PPOConfig(epochs=1, minibatches=1, accumulation=4, value_coef=0.5)
+    config = PPOConfig(epochs=1, minibatches=1, accumulation=2, value_coef=0.5)
     reference = {"base": init_base(spec.config, key=jax.random.key(0))}
     head = init_head(spec.config.width, 0.0, key=jax.random.key(1))
     params = jax.tree.map(jnp.copy, {"policy": reference, "value": {**reference, "head": head}})
