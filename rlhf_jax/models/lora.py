@@ -12,25 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.leaves import layer_leaves
 
-AXES = {
-    "q": ("embed", "heads"),
-    "k": ("embed", "kv_heads"),
-    "v": ("embed", "kv_heads"),
-    "o": ("heads", "embed"),
-    "gate": ("embed", "mlp"),
-    "up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
-}
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which projections carry adapters, of what rank and scale."""
+    """Which projections carry adapters, of what rank and scale; a target the decoder does not have (`gate`) is left out."""
 
     rank: int
     alpha: float = 16.0
-    targets: tuple[str, ...] = tuple(AXES)
+    targets: tuple[str, ...] = TARGETS
     rslora: bool = False
 
     @property
@@ -39,32 +32,23 @@ class LoraConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def _width(config: TransformerConfig, projection: str) -> tuple[int, int]:
-    query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "q": (config.width, query),
-        "k": (config.width, kv),
-        "v": (config.width, kv),
-        "o": (query, config.width),
-        "gate": (config.width, config.ffn),
-        "up": (config.width, config.ffn),
-        "down": (config.ffn, config.width),
-    }[projection]
-
-
 def init_adapters(config: TransformerConfig, lora: LoraConfig, *, key: jax.Array) -> dict[str, Any]:
     """Fresh adapters: a ~ N(0, 1/d_in), b = 0, so the role starts as its base. Float32."""
+    leaves = layer_leaves(config)
     out = {}
     for i, target in enumerate(sorted(lora.targets)):
-        d_in, d_out = _width(config, target)
+        if target not in leaves:
+            continue
+        d_in, d_out = leaves[target].shape
         a = jax.random.normal(jax.random.fold_in(key, i), (config.layers, d_in, lora.rank), jnp.float32)
         out[target] = {"a": a * d_in**-0.5, "b": jnp.zeros((config.layers, lora.rank, d_out), jnp.float32)}
     return out
 
 
-def adapter_axes(adapters: dict[str, Any]) -> dict[str, Any]:
+def adapter_axes(config: TransformerConfig, adapters: dict[str, Any]) -> dict[str, Any]:
     """Logical axes of an adapter tree without a leading axis."""
-    return {t: {"a": ("layers", AXES[t][0], "rank"), "b": ("layers", "rank", AXES[t][1])} for t in adapters}
+    axes = {target: layer_leaves(config)[target].axes for target in adapters}
+    return {t: {"a": ("layers", axes[t][0], "rank"), "b": ("layers", "rank", axes[t][1])} for t in adapters}
 
 
 def scaled(adapters: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
@@ -73,8 +57,9 @@ def scaled(adapters: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
 
 
 def merge(params: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
-    """Base weights with (scaled) adapters added in: W + a @ b, in float32."""
+    """Base weights with (scaled) adapters added in: W + a @ b in float32, then in the base's dtype."""
     layers = dict(params["layers"])
     for target, leaf in adapters.items():
-        layers[target] = layers[target] + jnp.einsum("ldr,lro->ldo", leaf["a"], leaf["b"])
+        added = layers[target].astype(jnp.float32) + jnp.einsum("ldr,lro->ldo", leaf["a"], leaf["b"])
+        layers[target] = added.astype(layers[target].dtype)
     return {**params, "layers": layers}

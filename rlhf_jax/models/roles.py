@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models import heads
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.leaves import axes, base_leaves
 from rlhf_jax.models.lora import LoraConfig, adapter_axes, merge, scaled
 from rlhf_jax.models.transformer import Transformer
 
@@ -36,22 +37,20 @@ class RoleSpec:
 
 
 def init_base(config: TransformerConfig, *, key: Array) -> dict[str, Any]:
-    """Random float32 parameters of the decoder."""
+    """Random parameters of the decoder, in the config's param_dtype."""
     return nn.unbox(Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def base_axes(config: TransformerConfig) -> dict[str, Any]:
     """Logical axes of the decoder's parameters, a tuple a leaf."""
-    variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    specs = nn.get_partition_spec(variables)["params"]
-    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+    return axes(base_leaves(config))
 
 
 def weight_axes(spec: RoleSpec, weights: Weights) -> Weights:
     """Logical axes of a role's weights, for those parts that `weights` has."""
     parts: Weights = {"base": base_axes(spec.config), "head": heads.AXES}
     if "adapters" in weights:
-        parts["adapters"] = adapter_axes(weights["adapters"])
+        parts["adapters"] = adapter_axes(spec.config, weights["adapters"])
     return {name: parts[name] for name in weights}
 
 

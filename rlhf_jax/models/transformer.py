@@ -1,10 +1,13 @@
-"""The decoder every role shares: RMSNorm, rotary positions, grouped-query attention, SwiGLU, scanned over layers.
+"""The decoder every role shares, scanned over layers: one definition that samples, scores and trains, for every family.
 
-`Transformer` samples, scores and trains: it is the only definition of the model. Parameters carry logical axis names
-(`distributed/sharding.py` maps them to a mesh). In decoding the same block runs unrolled over layers, on weights that
-were prepared once a rollout (`rollout.generate.prepare_weights`).
+What a family switches on (biases, learned positions, sliding windows, soft caps, norms after the blocks, ...) is in its
+`TransformerConfig`, and the parameters that go with it in `leaves.base_leaves`, with logical axis names that
+`distributed/sharding.py` maps to a mesh. In decoding the same block runs unrolled over layers, on weights that were
+prepared once a rollout (`rollout.generate.prepare_weights`).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,67 +16,59 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax.distributed.sharding import constrain
+from rlhf_jax.models import rotary
+from rlhf_jax.models.attention import NEGATIVE, self_attention
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.dense import matmul, project
+from rlhf_jax.models.leaves import Leaf, base_leaves
 
 Array = jax.Array
-NEGATIVE = -1e30  # finite: a fully masked row must stay free of NaN
+# (q, k, v), each (B, T, its heads, head_dim) before rotary positions -> (B, T, heads, head_dim)
+Attention = Callable[[Array, Array, Array], Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+REMAT: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Cache(struct.PyTreeNode):
     """Keys and values of past tokens, a tuple entry a layer, and which of the slots a row may attend to.
 
-    The next tokens go to slots `index`, `index` + 1, ... of every row, whatever the rows' positions: a row of a
-    right-padded batch has a hole between its prompt and its answer, which `valid` masks.
+    The next token goes to slot `index` of every row, whatever the rows' positions: a row of a right-padded batch has a
+    hole between its prompt and its answer, which `valid` masks. Keys are kept transposed, so that in a step of one
+    token both of attention's products run along contiguous memory.
     """
 
-    keys: tuple[Array, ...]  # (B, S, kv_heads, head_dim) each
-    values: tuple[Array, ...]  # (B, S, kv_heads, head_dim) each
+    keys: tuple[Array, ...]  # (B, kv_heads, head_dim, S) each
+    values: tuple[Array, ...]  # (B, kv_heads, S, head_dim) each
     valid: Array  # (B, S) bool
+    positions: Array  # (B, S) int32: a slot's position in its row; read for sliding windows
     index: Array  # () int32
 
 
-def empty_cache(config: TransformerConfig, rows: int, slots: int) -> Cache:
-    """A cache of `slots` free slots for `rows` rows, in the config's dtype."""
-    shape = (rows, slots, config.kv_heads, config.head_dim)
-    blank = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
-    return Cache(blank, blank, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
+def empty_cache(config: TransformerConfig, valid: Array, positions: Array) -> Cache:
+    """A cache in the config's dtype with nothing written yet; valid and positions (B, S) say what its slots will be."""
+    rows, slots = valid.shape
+    keys = tuple(jnp.zeros((rows, config.kv_heads, config.head_dim, slots), config.dtype) for _ in range(config.layers))
+    values = tuple(jnp.zeros((rows, config.kv_heads, slots, config.head_dim), config.dtype) for _ in keys)
+    return Cache(keys, values, valid, positions, jnp.zeros((), jnp.int32))
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last axis, statistics in float32."""
+def normalize(config: TransformerConfig, x: Array, scale: Array, bias: Array | None = None) -> Array:
+    """RMS norm, or layer norm with a bias, over the last axis; statistics in float32."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * scale).astype(x.dtype)
-
-
-def rotary(x: Array, positions: Array, theta: float) -> Array:
-    """Rotary positions, halves convention. x (B, T, heads, head_dim), positions (B, T) int32."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # (B, T, half)
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
-
-
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Grouped-query attention, softmax in float32.
-
-    Args:
-      q: (B, T, heads, head_dim); head h reads key-value head h // (heads / kv_heads).
-      k, v: (B, S, kv_heads, head_dim).
-      mask: (B, T, S) bool, True where a query may look. A query that may look nowhere gets a finite, meaningless row.
-
-    Returns:
-      (B, T, heads, head_dim) in q's dtype.
-    """
-    batch, length, heads, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim) * head_dim**-0.5
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEGATIVE), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", probs, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, length, heads, head_dim)
+    if config.norm == "layer":
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_eps)
+    out = normed * (scale if config.norm_offset == 0.0 else scale.astype(jnp.float32) + config.norm_offset)
+    return (out if bias is None else out + bias).astype(x.dtype)
 
 
 def block(
@@ -81,74 +76,145 @@ def block(
     params: dict[str, Array],
     adapters: dict[str, Any] | None,
     x: Array,
-    positions: Array,
-    mask: Array,
-    past: tuple[Array, Array, Array] | None = None,
-) -> tuple[Array, tuple[Array, Array] | None]:
+    attention: Attention,
+) -> Array:
     """One decoder layer.
 
     Args:
-      params: one layer's leaves: `attention_norm`, `ffn_norm`, and `q`, `k`, `v`, `o`, `gate`, `up`, `down`; or the
-        fused `qkv` and `gate_up` of `prepare_weights`.
+      params: one layer's leaves by their names in `leaves.layer_leaves`; or with the fused `qkv` and `gate_up` of
+        `prepare_weights`.
       adapters: {projection: {"a", "b"}} of this layer, or None.
       x: (B, T, width).
-      mask: (B, T, S) bool, S = T without a cache, else the cache's slots.
-      past: (keys, values, index): the layer's cache, written at slots index ... index + T - 1.
+      attention: turns queries and keys to their positions and attends.
 
     Returns:
-      x (B, T, width), and the written (keys, values) when a cache was given.
+      x (B, T, width).
     """
     adapters = adapters or {}
     batch, length, _ = x.shape
     heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
 
     def projection(name: str, inputs: Array) -> Array:
-        return project(inputs, params[name], adapter=adapters.get(name))
+        return project(inputs, params[name], params.get(f"{name}_bias"), adapters.get(name))
 
-    h = rms_norm(x, params["attention_norm"], config.norm_eps)
-    if "qkv" in params:
-        widths = (heads * head_dim, kv_heads * head_dim)
-        q, k, v = jnp.split(projection("qkv", h), [widths[0], widths[0] + widths[1]], axis=-1)
-    else:
-        q, k, v = (projection(name, h) for name in ("q", "k", "v"))
-    q = constrain(q.reshape(batch, length, heads, head_dim), "batch", None, "heads", None)
-    k = constrain(k.reshape(batch, length, kv_heads, head_dim), "batch", None, "kv_heads", None)
-    v = constrain(v.reshape(batch, length, kv_heads, head_dim), "batch", None, "kv_heads", None)
-    q, k = rotary(q, positions, config.rope_theta), rotary(k, positions, config.rope_theta)
-    written = None
-    if past is not None:
-        keys, values, index = past
-        k = jax.lax.dynamic_update_slice(keys, k, (0, index, 0, 0))
-        v = jax.lax.dynamic_update_slice(values, v, (0, index, 0, 0))
-        written = (k, v)
-    out = attend(q, k, v, mask).reshape(batch, length, heads * head_dim)
-    x = constrain(x + projection("o", out), "batch", None, None)
+    def norm(name: str, inputs: Array) -> Array:
+        return normalize(config, inputs, params[name], params.get(f"{name}_bias"))
 
-    h = rms_norm(x, params["ffn_norm"], config.norm_eps)
-    if "gate_up" in params:
-        gate, up = jnp.split(projection("gate_up", h), 2, axis=-1)
-    else:
-        gate, up = projection("gate", h), projection("up", h)
-    x = constrain(x + projection("down", jax.nn.silu(gate) * up), "batch", None, None)
-    return x, written
+    def head_norm(name: str, inputs: Array) -> Array:
+        return normalize(config, inputs, params[name]) if config.qk_norm else inputs
+
+    def attended(h: Array) -> Array:
+        if "qkv" in params:
+            widths = (heads * head_dim, kv_heads * head_dim)
+            q, k, v = jnp.split(projection("qkv", h), [widths[0], widths[0] + widths[1]], axis=-1)
+        else:
+            q, k, v = (projection(name, h) for name in ("q", "k", "v"))
+        q = constrain(q.reshape(batch, length, heads, head_dim), "batch", None, "heads", None)
+        k = constrain(k.reshape(batch, length, kv_heads, head_dim), "batch", None, "kv_heads", None)
+        v = constrain(v.reshape(batch, length, kv_heads, head_dim), "batch", None, "kv_heads", None)
+        out = attention(head_norm("q_norm", q), head_norm("k_norm", k), v)
+        out = projection("o", out.reshape(batch, length, heads * head_dim))
+        return norm("post_attention_norm", out) if config.post_norms else out
+
+    def fed_forward(h: Array) -> Array:
+        act = ACTIVATIONS[config.activation]
+        if not config.gated:
+            inner = act(projection("up", h))
+        elif "gate_up" in params:
+            gate, up = jnp.split(projection("gate_up", h), 2, axis=-1)
+            inner = act(gate) * up
+        else:
+            inner = act(projection("gate", h)) * projection("up", h)
+        out = projection("down", inner)
+        return norm("post_ffn_norm", out) if config.post_norms else out
+
+    if config.parallel:
+        out = x + attended(norm("attention_norm", x)) + fed_forward(norm("ffn_norm", x))
+        return constrain(out, "batch", None, None)
+    x = constrain(x + attended(norm("attention_norm", x)), "batch", None, None)
+    return constrain(x + fed_forward(norm("ffn_norm", x)), "batch", None, None)
 
 
-def _mask(length: int, segment_ids: Array | None, cache: Cache | None) -> Array:
-    """(B or 1, T, S) bool: causal, inside a segment, and only on valid slots of a cache."""
-    if cache is None:
-        causal = jnp.tril(jnp.ones((length, length), bool))[None]
-        if segment_ids is None:
-            return causal
-        return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+def _whole_attention(
+    config: TransformerConfig, positions: Array, segment_ids: Array | None, window: int
+) -> Callable[[Array, Array, Array], Array]:
+    """Attention of all tokens of a row to those before them, in a layer with `window`."""
+    turn = rotary.table(config, positions, windowed=window > 0)
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        return self_attention(
+            rotary.rotate(q, turn),
+            rotary.rotate(k, turn),
+            v,
+            scale=config.scale,
+            softcap=config.attention_softcap,
+            window=window,
+            segment_ids=segment_ids,
+            implementation=config.attention,
+        )
+
+    return attention
+
+
+def _step_attention(
+    config: TransformerConfig, positions: Array, cache: Cache, layer: int, written: list[tuple[Array, Array]]
+) -> Attention:
+    """Attention of one new token to the cache, which gets its key and value; they are appended to `written`."""
+    window = config.window(layer)
+    turn = rotary.table(config, positions, windowed=window > 0)
     slots = jnp.arange(cache.valid.shape[1])
-    own = cache.index + jnp.arange(length)
-    return cache.valid[:, None, :] & (slots[None, None, :] <= own[None, :, None])
+    seen = cache.valid & (slots <= cache.index)
+    if window:
+        seen = seen & (positions - cache.positions < window)
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        q, k = rotary.rotate(q, turn), rotary.rotate(k, turn)
+        keys = jax.lax.dynamic_update_slice(
+            cache.keys[layer], jnp.moveaxis(k, 1, 3).astype(config.dtype), (0, 0, 0, cache.index)
+        )
+        values = jax.lax.dynamic_update_slice(
+            cache.values[layer], jnp.moveaxis(v, 1, 2).astype(config.dtype), (0, 0, cache.index, 0)
+        )
+        written.append((keys, values))
+        batch, _, heads, head_dim = q.shape
+        grouped = (q * config.scale).reshape(batch, config.kv_heads, heads // config.kv_heads, head_dim)
+        scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+        if config.attention_softcap:
+            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+        probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, NEGATIVE), axis=-1).astype(q.dtype)
+        out = jnp.einsum("bkgs,bksd->bkgd", probs, values, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype).reshape(batch, 1, heads, head_dim)
+
+    return attention
 
 
-def _leaf(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float) -> Array:
-    """A float32 parameter N(0, scale) with logical axes; scale 0 makes a norm's ones."""
-    init = nn.initializers.normal(scale) if scale else nn.initializers.ones
-    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+def _prefill_attention(
+    config: TransformerConfig, positions: Array, cache: Cache, layer: int, written: list[tuple[Array, Array]]
+) -> Attention:
+    """Attention of a prompt to itself; its keys and values fill the first slots of the empty cache."""
+    window = config.window(layer)
+    turn = rotary.table(config, positions, windowed=window > 0)
+    whole = _whole_attention(config, positions, None, window)
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        stored = jnp.moveaxis(rotary.rotate(k, turn), 1, 3).astype(config.dtype)
+        keys = jax.lax.dynamic_update_slice(cache.keys[layer], stored, (0, 0, 0, 0))
+        values = jax.lax.dynamic_update_slice(
+            cache.values[layer], jnp.moveaxis(v, 1, 2).astype(config.dtype), (0, 0, 0, 0)
+        )
+        written.append((keys, values))
+        return whole(q, k, v)
+
+    return attention
+
+
+def _parameter(module: nn.Module, name: str, leaf: Leaf, dtype: str) -> Array:
+    """A parameter with logical axes: N(0, scale), or its constant."""
+    if leaf.scale is None:
+        init: Any = nn.initializers.constant(leaf.constant)
+    else:
+        init = nn.initializers.normal(leaf.scale)
+    value: Any = module.param(name, nn.with_logical_partitioning(init, leaf.axes), leaf.shape, jnp.dtype(dtype))
     return value
 
 
@@ -159,24 +225,8 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        c = self.config
-        query, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        residual = (2 * c.layers) ** -0.5  # GPT-2's scaling: the residual stream's variance stays put over depth
-        shapes: dict[str, tuple[tuple[int, ...], tuple[str | None, ...], float]] = {
-            "attention_norm": ((c.width,), (None,), 0.0),
-            "q": ((c.width, query), ("embed", "heads"), c.width**-0.5),
-            "k": ((c.width, kv), ("embed", "kv_heads"), c.width**-0.5),
-            "v": ((c.width, kv), ("embed", "kv_heads"), c.width**-0.5),
-            "o": ((query, c.width), ("heads", "embed"), query**-0.5 * residual),
-            "ffn_norm": ((c.width,), (None,), 0.0),
-            "gate": ((c.width, c.ffn), ("embed", "mlp"), c.width**-0.5),
-            "up": ((c.width, c.ffn), ("embed", "mlp"), c.width**-0.5),
-            "down": ((c.ffn, c.width), ("mlp", "embed"), c.ffn**-0.5 * residual),
-        }
-        return {
-            name: _leaf(self, name, (c.layers, *shape), ("layers", *axes), scale)
-            for name, (shape, axes, scale) in shapes.items()
-        }
+        leaves = base_leaves(self.config)["layers"]
+        return {name: _parameter(self, name, leaf, self.config.param_dtype) for name, leaf in leaves.items()}
 
 
 class Transformer(nn.Module):
@@ -185,12 +235,10 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        c = self.config
-        self.embedding = _leaf(self, "embedding", (c.vocab_size, c.width), ("vocab", "embed"), 0.02)
-        self.layers = Layers(c)
-        self.final_norm = _leaf(self, "final_norm", (c.width,), (None,), 0.0)
-        if not c.tie_embeddings:
-            self.head = _leaf(self, "head", (c.width, c.vocab_size), ("embed", "vocab"), c.width**-0.5)
+        self.layers = Layers(self.config)
+        for name, leaf in base_leaves(self.config).items():
+            if name != "layers":
+                setattr(self, name, _parameter(self, name, leaf, self.config.param_dtype))
 
     def __call__(
         self,
@@ -211,7 +259,7 @@ class Transformer(nn.Module):
           segment_ids: (B, T) int32, 0 on padding: a token sees only its own segment. Without them every token sees
             all before it, which is right for right-padded rows: padding comes after all that is read.
           adapters: {projection: {"a": ([R,] layers, d_in, rank), "b": ([R,] layers, rank, d_out)}}, b scaled.
-          cache: a `Cache` to continue from; the new tokens' slots must already be marked valid.
+          cache: a `Cache`: an empty one takes a right-padded prompt (T > 1), then it takes a token at a time (T = 1).
           prepared: the weights of `rollout.generate.prepare_weights`, used in place of the stacked ones.
           return_hidden: give the final hidden states (B, T, width) in the config's dtype instead of logits.
 
@@ -221,41 +269,83 @@ class Transformer(nn.Module):
         c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        embedding = self.embedding if prepared is None else prepared["embedding"]
-        x = constrain(jnp.take(embedding, tokens, axis=0).astype(c.dtype), "batch", None, None)
-        mask = _mask(tokens.shape[1], segment_ids, cache)
-        stacked = {} if prepared is not None else self.layers()
-
-        if prepared is None and cache is None:
-
-            def layer(x: Array, leaves: Any) -> tuple[Array, None]:
-                return block(c, leaves[0], leaves[1], x, positions, mask)[0], None
-
-            per_layer = _layers_first(adapters)
-            x, _ = jax.lax.scan(jax.checkpoint(layer) if c.remat else layer, x, (stacked, per_layer))
+        outer = prepared if prepared is not None else self._outer()
+        x = jnp.take(outer["embedding"], tokens, axis=0).astype(c.dtype)
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.positions == "learned":
+            x = x + jnp.take(outer["positions"], positions, axis=0).astype(c.dtype)
+        x = constrain(x, "batch", None, None)
+        if cache is None and prepared is None:
+            x = self._scanned(x, positions, segment_ids, adapters)
         else:
-            keys, values = [], []
-            for i in range(c.layers):
-                params = prepared["layers"][i] if prepared is not None else {k: v[i] for k, v in stacked.items()}
-                here = None if adapters is None else jax.tree.map(lambda leaf, i=i: leaf[i], _layers_first(adapters))
-                past = None if cache is None else (cache.keys[i], cache.values[i], cache.index)
-                x, written = block(c, params, here, x, positions, mask, past)
-                if written is not None:
-                    keys.append(written[0])
-                    values.append(written[1])
-            if cache is not None:
-                cache = cache.replace(keys=tuple(keys), values=tuple(values), index=cache.index + tokens.shape[1])
-
-        x = rms_norm(x, self.final_norm if prepared is None else prepared["final_norm"], c.norm_eps)
+            x, cache = self._unrolled(x, positions, segment_ids, adapters, cache, prepared)
+        x = normalize(c, x, outer["final_norm"], outer.get("final_norm_bias"))
         out = x if return_hidden else self._logits(x, prepared)
         return out if cache is None else (out, cache)
+
+    def _outer(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in base_leaves(self.config) if name != "layers"}
+
+    def _scanned(self, x: Array, positions: Array, segment_ids: Array | None, adapters: dict[str, Any] | None) -> Array:
+        """All layers over whole rows, as one scan."""
+        c = self.config
+        windows = sorted({c.window(i) for i in range(c.layers)})
+        kinds = [_whole_attention(c, positions, segment_ids, window) for window in windows]
+        kind_of = jnp.asarray([windows.index(c.window(i)) for i in range(c.layers)], jnp.int32)
+
+        def layer(x: Array, leaves: Any) -> tuple[Array, None]:
+            params, here, kind = leaves
+            attention = kinds[0] if len(kinds) == 1 else lambda q, k, v: jax.lax.switch(kind, kinds, q, k, v)
+            return block(c, params, here, x, attention), None
+
+        body = layer if c.remat == "none" else jax.checkpoint(layer, policy=REMAT[c.remat])
+        x, _ = jax.lax.scan(body, x, (self.layers(), _layers_first(adapters), kind_of))
+        return x
+
+    def _unrolled(
+        self,
+        x: Array,
+        positions: Array,
+        segment_ids: Array | None,
+        adapters: dict[str, Any] | None,
+        cache: Cache | None,
+        prepared: dict[str, Any] | None,
+    ) -> tuple[Array, Cache | None]:
+        """The layers one after another, with a cache or on prepared weights."""
+        c, length = self.config, x.shape[1]
+        stacked = {} if prepared is not None else self.layers()
+        written: list[tuple[Array, Array]] = []
+        for i in range(c.layers):
+            params = prepared["layers"][i] if prepared is not None else {k: v[i] for k, v in stacked.items()}
+            here = None if adapters is None else jax.tree.map(lambda leaf, i=i: leaf[i], _layers_first(adapters))
+            if cache is None:
+                attention = _whole_attention(c, positions, segment_ids, c.window(i))
+            else:
+                cached = _prefill_attention if length > 1 else _step_attention
+                attention = cached(c, positions, cache, i, written)
+            x = block(c, params, here, x, attention)
+        if cache is not None:
+            keys, values = zip(*written, strict=True)
+            cache = cache.replace(keys=keys, values=values, index=cache.index + length)
+        return x, cache
 
     def _logits(self, x: Array, prepared: dict[str, Any] | None) -> Array:
         if prepared is not None:
             kernel = prepared["head"]
         else:
             kernel = self.embedding.T if self.config.tie_embeddings else self.head
-        return constrain(matmul(x, kernel.astype(x.dtype)).astype(jnp.float32), "batch", None, "vocab")
+        return constrain(output_logits(self.config, x, kernel), "batch", None, "vocab")
+
+
+def output_logits(config: TransformerConfig, hidden: Array, kernel: Array) -> Array:
+    """Logits (..., V) float32 of final hidden states (..., width)."""
+    return capped(config, matmul(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32))
+
+
+def capped(config: TransformerConfig, logits: Array) -> Array:
+    """Logits after the config's soft cap."""
+    return config.logit_softcap * jnp.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
 def _layers_first(adapters: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -31,25 +31,27 @@ def _from_chunks(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _logits(hidden: Array, kernel: Array, temperature: float) -> Array:
+def _logits(hidden: Array, kernel: Array, temperature: float, softcap: float) -> Array:
     rank = hidden.ndim
     logits = lax.dot_general(hidden, kernel, (((rank - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
     return logits if temperature == 1.0 else logits / temperature
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_logprobs(
-    hidden: Array, kernel: Array, targets: Array, temperature: float, chunk: int
+    hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, chunk: int
 ) -> tuple[Array, Array]:
-    return _forward(hidden, kernel, targets, temperature, chunk)[0]
+    return _forward(hidden, kernel, targets, temperature, softcap, chunk)[0]
 
 
-def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, chunk: int):
+def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, chunk: int):
     compute = kernel.astype(hidden.dtype)
 
     def one(inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         h, target = inputs
-        logits = _logits(h, compute, temperature)  # (B, chunk, V)
+        logits = _logits(h, compute, temperature, softcap)  # (B, chunk, V)
         top = jnp.max(logits, axis=-1, keepdims=True)
         exp = jnp.exp(logits - top)
         total = jnp.sum(exp, axis=-1)
@@ -63,18 +65,21 @@ def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, c
     return (logprobs, entropy), (hidden, kernel, targets, log_total, entropy)
 
 
-def _backward(temperature: float, chunk: int, residuals, gradients):
+def _backward(temperature: float, softcap: float, chunk: int, residuals, gradients):
     hidden, kernel, targets, log_total, entropy = residuals
     compute = kernel.astype(hidden.dtype)
 
     def one(dkernel: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         h, target, log_z, ent, g_logprob, g_entropy = inputs
-        logp = _logits(h, compute, temperature) - log_z[..., None]
+        logits = _logits(h, compute, temperature, softcap)
+        logp = logits - log_z[..., None]
         probs = jnp.exp(logp)
         # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
         onehot = target[..., None] == jnp.arange(logp.shape[-1])
         dlogits = jnp.where(onehot, g_logprob[..., None], 0.0)
         dlogits -= probs * (g_logprob[..., None] + g_entropy[..., None] * (logp + ent[..., None]))
+        if softcap:  # d tanh(x) = 1 - tanh(x)^2
+            dlogits = dlogits * (1.0 - jnp.square(logits * (temperature / softcap)))
         dlogits = (dlogits / temperature).astype(h.dtype)
         dkernel += lax.dot_general(h, dlogits, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
         dh = lax.dot_general(dlogits, compute, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -89,7 +94,9 @@ def _backward(temperature: float, chunk: int, residuals, gradients):
 _token_logprobs.defvjp(_forward, _backward)
 
 
-def token_logprobs(hidden: Array, kernel: Array, targets: Array, temperature: float = 1.0) -> tuple[Array, Array]:
+def token_logprobs(
+    hidden: Array, kernel: Array, targets: Array, temperature: float = 1.0, softcap: float = 0.0
+) -> tuple[Array, Array]:
     """Log-probability of each target token and entropy of its distribution, in chunks of positions.
 
     The one function that scores: behaviour, new and reference log-probabilities all come from here, at one temperature.
@@ -100,6 +107,7 @@ def token_logprobs(hidden: Array, kernel: Array, targets: Array, temperature: fl
       kernel: (D, V) output kernel.
       targets: (B, T) int32.
       temperature: logits are divided by it; static, above 0.
+      softcap: logits become softcap * tanh(logits / softcap) before that; static, 0 leaves them.
 
     Returns:
       logprobs (B, T) and entropy (B, T), float32, nats.
@@ -107,7 +115,8 @@ def token_logprobs(hidden: Array, kernel: Array, targets: Array, temperature: fl
     batch, length = targets.shape
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.size
-    return _token_logprobs(hidden, kernel, targets, temperature, _chunk_length(batch, length, kernel.shape[1], shards))
+    chunk = _chunk_length(batch, length, kernel.shape[1], shards)
+    return _token_logprobs(hidden, kernel, targets, temperature, softcap, chunk)
 
 
 def segment_totals(values: Array, segment_ids: Array, segments: int) -> Array:

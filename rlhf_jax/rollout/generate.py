@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.distributed.sharding import ROLLOUT, tree_shardings
+from rlhf_jax.distributed.sharding import ROLLOUT, constrain, tree_shardings
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.dense import matmul
 from rlhf_jax.models.roles import base_axes
-from rlhf_jax.models.transformer import Transformer, empty_cache, output_kernel
-from rlhf_jax.rollout.sampling import Sampling, draw, row_keys
+from rlhf_jax.models.transformer import Cache, Transformer, empty_cache, output_kernel, output_logits
+from rlhf_jax.rollout.sampling import Sampling, draw, row_keys, sample_keys
 
 Array = jax.Array
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 class Rollout(struct.PyTreeNode):
@@ -40,19 +40,25 @@ def prepare_weights(
     """
     if adapters is not None:
         params = lora.merge(params, adapters)
+    # Cast before resharding: half the bytes cross the network.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if "norm" in path[-1].key else leaf.astype(config.dtype), params
+    )
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
     if not mesh.empty and mesh.size > 1:
         params = jax.lax.with_sharding_constraint(params, tree_shardings(params, base_axes(config), mesh, ROLLOUT))
-    cast = {name: leaf if "norm" in name else leaf.astype(config.dtype) for name, leaf in params["layers"].items()}
+    stacked = dict(params["layers"])
     if fuse and tensor == 1:
-        cast["qkv"] = jnp.concatenate([cast.pop("q"), cast.pop("k"), cast.pop("v")], axis=-1)
-        cast["gate_up"] = jnp.concatenate([cast.pop("gate"), cast.pop("up")], axis=-1)
-    return {
-        "layers": [{name: leaf[i] for name, leaf in cast.items()} for i in range(config.layers)],
-        "embedding": params["embedding"].astype(config.dtype),
-        "final_norm": params["final_norm"],
-        "head": output_kernel(config, params).astype(config.dtype),
+        for fused, parts in FUSED.items():
+            for suffix in ("", "_bias"):
+                if f"{parts[-1]}{suffix}" in stacked and f"{parts[0]}{suffix}" in stacked:
+                    together = [stacked.pop(f"{part}{suffix}") for part in parts]
+                    stacked[f"{fused}{suffix}"] = jnp.concatenate(together, axis=-1)
+    outer = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return outer | {
+        "layers": [{name: leaf[i] for name, leaf in stacked.items()} for i in range(config.layers)],
+        "head": output_kernel(config, params),
     }
 
 
@@ -60,13 +66,31 @@ class _Decoding(struct.PyTreeNode):
     step: Array  # () int32: tokens drawn so far
     token: Array  # (B,) int32: the newest
     cache: Any
-    tokens: Array  # (B, N)
-    logprobs: Array  # (B, N)
+    tokens: Array  # (B, N or more)
+    logprobs: Array  # (B, N or more)
     lengths: Array  # (B,)
     ended: Array  # (B,) bool
+    matched: Array  # (B,) int32: state of the stop strings' automaton
 
 
-@partial(jax.jit, static_argnames=("config", "sampling"))
+def _decoding_cache(prefilled: Cache, samples: int, valid: Array, positions: Array) -> Cache:
+    """The cache of a prefill with each row `samples` times and free slots up to `valid`'s (B * samples, S)."""
+    more = valid.shape[1] - prefilled.valid.shape[1]
+
+    def grow(x: Array, axis: int) -> Array:
+        x = jnp.repeat(x, samples, axis=0) if samples > 1 else x
+        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+    return Cache(
+        keys=tuple(constrain(grow(x, 3), "batch", "kv_heads", None, None) for x in prefilled.keys),
+        values=tuple(constrain(grow(x, 2), "batch", "kv_heads", None, None) for x in prefilled.values),
+        valid=valid,
+        positions=positions,
+        index=prefilled.index,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "samples", "check_every"))
 def generate(
     config: TransformerConfig,
     params: dict[str, Any],
@@ -77,11 +101,14 @@ def generate(
     sampling: Sampling,
     row_ids: Array | None = None,
     adapters: dict[str, Any] | None = None,
+    samples: int = 1,
+    stop_table: Array | None = None,
+    check_every: int = 8,
 ) -> Rollout:
-    """Samples an answer to each prompt.
+    """Samples answers to each prompt.
 
-    A row's draws are a function of (key, its row id, token position) alone; at a fixed batch shape its answer is
-    bitwise independent of the other rows.
+    A row's draws are a function of (key, its row id, sample, token position) alone; at a fixed batch shape its answer
+    is bitwise independent of the other rows.
 
     Args:
       config: the decoder's shape (static).
@@ -92,13 +119,19 @@ def generate(
       sampling: settings (static); `max_new_tokens` is N.
       row_ids: (B,) int32 identities that key the rows' draws; 0 ... B - 1 by default.
       adapters: scaled adapters as `Transformer` takes them; merged here unless they have a leading axis.
+      samples: answers to each prompt (static), which share its prefill. The rollout has B * samples rows, those of
+        prompt i from i * samples on; the first of them is what `samples=1` gives.
+      stop_table: (states, V) int16 automaton of stop strings (`data.stops.stop_table`), or None.
+      check_every: steps between two checks whether every row has ended (static).
 
     Returns:
       A `Rollout`.
     """
     batch, width = prompts.shape
     count = sampling.max_new_tokens
-    keys = row_keys(key, jnp.arange(batch) if row_ids is None else row_ids)
+    blocks = -(-(count - 1) // check_every)
+    drawn = 1 + blocks * check_every  # token places: whole blocks, cut to N at the end
+    keys = sample_keys(row_keys(key, jnp.arange(batch) if row_ids is None else row_ids), samples)
     stacked = adapters is not None and jax.tree.leaves(adapters)[0].ndim == 4
     prepared = prepare_weights(config, params, None if stacked else adapters, fuse=not stacked)
     run: Any = partial(
@@ -111,46 +144,73 @@ def generate(
     stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
 
     def logits_of(hidden: Array) -> Array:  # (B, width) -> (B, V)
-        return matmul(hidden, prepared["head"]).astype(jnp.float32)
+        return output_logits(config, hidden, prepared["head"])
 
     def record(state: _Decoding, logits: Array) -> _Decoding:
         """Draws token `state.step`, for the rows that still run."""
         token, logprob = draw(logits, sampling, keys, state.step)
-        running = ~state.ended
+        running = ~state.ended & (state.step < count)
         at = (0, state.step)
+        stopped, matched = jnp.any(token[:, None] == stops, axis=-1), state.matched
+        if stop_table is not None:
+            matched = stop_table[matched, token].astype(jnp.int32)
+            stopped = stopped | (matched == stop_table.shape[0] - 1)
         return state.replace(
             step=state.step + 1,
             token=jnp.where(running, token, 0),
             tokens=jax.lax.dynamic_update_slice(state.tokens, jnp.where(running, token, 0)[:, None], at),
             logprobs=jax.lax.dynamic_update_slice(state.logprobs, jnp.where(running, logprob, 0.0)[:, None], at),
             lengths=state.lengths + running,
-            ended=state.ended | jnp.any(token[:, None] == stops, axis=-1),
+            ended=state.ended | (running & stopped),
+            matched=matched,
         )
 
-    # Prefill: slots 0 ... P - 1 hold the prompts; the answers' slots start at P for every row.
-    cache = empty_cache(config, batch, width + count)
-    slots = jnp.arange(width + count)
-    cache = cache.replace(valid=slots < lengths[:, None])
-    hidden, cache = run(prompts, cache=cache)
+    # --- prefill: slots 0 ... P - 1 hold the prompts -------------------------------------------------------------
+    valid = jnp.arange(width) < lengths[:, None]
+    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    hidden, cache = run(prompts, cache=empty_cache(config, valid, positions))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = logits_of(last)
+
+    # --- each prompt's rows; the answers' slots start at P for every row ------------------------------------------
+    if samples > 1:
+        prompts, lengths, logits = (
+            constrain(jnp.repeat(x, samples, axis=0), "batch", *[None] * (x.ndim - 1))
+            for x in (prompts, lengths, logits)
+        )
+    slots = jnp.arange(width + drawn)
+    rows = batch * samples
+    cache = _decoding_cache(
+        cache,
+        samples,
+        valid=(slots < lengths[:, None]) | (slots >= width),
+        positions=jnp.where(slots < width, slots, lengths[:, None] + slots - width),
+    )
     state = _Decoding(
         step=jnp.zeros((), jnp.int32),
-        token=jnp.zeros((batch,), jnp.int32),
-        cache=cache.replace(valid=cache.valid | (slots >= width)),
-        tokens=jnp.zeros((batch, count), jnp.int32),
-        logprobs=jnp.zeros((batch, count), jnp.float32),
-        lengths=jnp.zeros((batch,), jnp.int32),
-        ended=jnp.zeros((batch,), bool),
+        token=jnp.zeros((rows,), jnp.int32),
+        cache=cache,
+        tokens=jnp.zeros((rows, drawn), jnp.int32),
+        logprobs=jnp.zeros((rows, drawn), jnp.float32),
+        lengths=jnp.zeros((rows,), jnp.int32),
+        ended=jnp.zeros((rows,), bool),
+        matched=jnp.zeros((rows,), jnp.int32),
     )
-    state = record(state, logits_of(last))
+    state = record(state, logits)
 
+    # --- decode -----------------------------------------------------------------------------------------------------
     def unfinished(state: _Decoding) -> Array:
         return (state.step < count) & ~jnp.all(state.ended)
 
-    def advance(state: _Decoding) -> _Decoding:
-        positions = (lengths + state.step - 1)[:, None]
-        hidden, cache = run(state.token[:, None], positions=positions, cache=state.cache)
+    def advance(_: Array, state: _Decoding) -> _Decoding:
+        at = (lengths + state.step - 1)[:, None]
+        hidden, cache = run(state.token[:, None], positions=at, cache=state.cache)
         return record(state.replace(cache=cache), logits_of(hidden[:, 0]))
 
-    state = jax.lax.while_loop(unfinished, advance, state)
-    return Rollout(prompts, lengths, state.tokens, state.lengths, state.ended, state.logprobs, sampling)
+    def steps(state: _Decoding) -> _Decoding:
+        return jax.lax.fori_loop(0, check_every, advance, state)
+
+    state = jax.lax.while_loop(unfinished, steps, state)
+    return Rollout(
+        prompts, lengths, state.tokens[:, :count], state.lengths, state.ended, state.logprobs[:, :count], sampling
+    )

@@ -9,6 +9,7 @@ from rlhf_jax.errors import UserError
 
 Array = jax.Array
 BLOCK = 64  # tokens a block of the two-level inverse-CDF draw
+LAST_ID = (1 << 31) - 1  # sample numbers count down from here, token positions up from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,12 @@ def row_keys(key: Array, row_ids: Array) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
 
 
+def sample_keys(keys: Array, samples: int) -> Array:
+    """Keys of `samples` answers to each prompt, (B,) -> (B * samples,): the first answer's are the row's own."""
+    others = [jax.vmap(lambda key, j=j: jax.random.fold_in(key, LAST_ID - j))(keys) for j in range(1, samples)]
+    return jnp.stack([keys, *others], axis=1).reshape(-1)
+
+
 def support_logits(logits: Array, sampling: Sampling) -> Array:
     """Tempered logits (B, V) with -inf outside the kept tokens (ties at the border are kept)."""
     if sampling.temperature not in (0.0, 1.0):
@@ -44,15 +51,31 @@ def support_logits(logits: Array, sampling: Sampling) -> Array:
     if sampling.temperature == 0.0:
         return logits
     if sampling.top_k:
-        border = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        border = _border(logits, jnp.ones_like(logits), float(min(sampling.top_k, logits.shape[-1])))
         logits = jnp.where(logits < border, -jnp.inf, logits)
     if sampling.top_p < 1.0:
-        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        probs = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p  # the token that crosses top_p stays
-        border = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        border = _border(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
         logits = jnp.where(logits < border, -jnp.inf, logits)
     return logits
+
+
+def _border(logits: Array, weights: Array, target: float) -> Array:
+    """The largest logit so that those at or above it weigh at least `target`: (B, V) -> (B, 1), no sort.
+
+    Bisects the 32 bits of the logits' ordered representation: 32 masked sums, exact.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    ordered = jnp.where(bits & sign, ~bits, bits | sign)  # orders as the floats do
+
+    def halve(i: Array, found: Array) -> Array:
+        candidate = found | (sign >> i.astype(jnp.uint32))
+        weight = jnp.sum(jnp.where(ordered >= candidate, weights, 0.0), axis=-1, keepdims=True)
+        return jnp.where(weight >= target, candidate, found)
+
+    found = jax.lax.fori_loop(0, 32, halve, jnp.zeros((logits.shape[0], 1), jnp.uint32))
+    kept = jnp.where(ordered >= found, logits, jnp.inf)
+    return jnp.min(kept, axis=-1, keepdims=True)
 
 
 def inverse_cdf(probs: Array, uniform: Array) -> Array:

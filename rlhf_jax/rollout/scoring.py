@@ -57,7 +57,7 @@ def answer_logprobs(
     hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
     kernel = output_kernel(spec.config, weights["base"])
     before = _before_answers(hidden, prompt_lengths, answers.shape[1])
-    logprobs, entropy = token_logprobs(before, kernel, answers, temperature)
+    logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
     inside = jnp.arange(answers.shape[1]) < lengths[:, None]
     return jnp.where(inside, logprobs, 0.0), jnp.where(inside, entropy, 0.0)
 

@@ -54,7 +54,8 @@ def sft_objective(spec: RoleSpec, segments: int) -> Objective:
         weights = {**frozen, **trainable}
         where = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
         hidden = hidden_states(spec, weights, batch["tokens"], **where)
-        logprobs, _ = token_logprobs(hidden, output_kernel(spec.config, weights["base"]), batch["targets"])
+        kernel = output_kernel(spec.config, weights["base"])
+        logprobs, _ = token_logprobs(hidden, kernel, batch["targets"], softcap=spec.config.logit_softcap)
         losses = segment_totals(-logprobs * batch["loss_mask"], batch["segment_ids"], segments)
         counts = segment_totals(batch["loss_mask"], batch["segment_ids"], segments)
         return RecordLosses(losses, counts, {"loss/train": (losses.sum(), counts.sum())})

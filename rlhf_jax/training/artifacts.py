@@ -86,7 +86,7 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[Any, Any]) -> R
     """
     info = read_info(workdir, stage)
     lora = LoraConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])}) if info["lora"] else None
-    spec = RoleSpec(TransformerConfig(**info["model"]), lora, info["answer_mark"])
+    spec = RoleSpec(TransformerConfig.from_dict(info["model"]), lora, info["answer_mark"])
     weights = load_tree(workdir / stage / "model", _like(spec, info["parts"], mesh))
     if "base" not in weights:
         wanted = (info["fingerprints"]["base"], mesh)

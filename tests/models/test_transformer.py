@@ -9,7 +9,7 @@ import pytest
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import LoraConfig, Transformer, TransformerConfig
 from rlhf_jax.models.dense import low_rank, matmul, project
-from rlhf_jax.models.lora import AXES, init_adapters, merge, scaled
+from rlhf_jax.models.lora import TARGETS, init_adapters, merge, scaled
 from rlhf_jax.models.roles import init_base
 from rlhf_jax.models.transformer import output_kernel
 
@@ -167,7 +167,7 @@ def test_remat_changes_no_value_and_no_gradient():
     def loss(config, params):
         return jnp.sum(jnp.sin(Transformer(config).apply({"params": params}, tokens)))
 
-    remat = dataclasses.replace(SMALL, remat=True)
+    remat = dataclasses.replace(SMALL, remat="full")
     plain, ours = (jax.jit(jax.value_and_grad(partial(loss, config)))(params) for config in (SMALL, remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
     assert "remat" in str(jax.make_jaxpr(partial(loss, remat))(params))
@@ -204,7 +204,7 @@ def test_forward_flops_by_hand(config):
 
 
 def test_identity_names_shape_and_meaning_but_not_precision():
-    assert dataclasses.replace(SMALL, dtype="bfloat16", remat=True).identity == SMALL.identity
+    assert dataclasses.replace(SMALL, dtype="bfloat16", remat="full").identity == SMALL.identity
     for change in ({"layers": 3}, {"rope_theta": 5e5}, {"norm_eps": 1e-6}, {"tie_embeddings": False}, {"context": 32}):
         assert dataclasses.replace(SMALL, **change).identity != SMALL.identity
 
@@ -299,7 +299,7 @@ def test_gradients_of_record_adapters_are_the_gradients_of_each_record():
 
 def test_merged_adapters_are_the_same_function():
     params, tokens = weights(SMALL), random_tokens(2)
-    for targets in (tuple(AXES), ("q", "down")):
+    for targets in (TARGETS, ("q", "down")):
         adapters = adapters_of(SMALL, lora=LoraConfig(rank=3, alpha=6.0, targets=targets))
         assert set(adapters) == set(targets)
         beside = logits_of(SMALL, params, tokens, None, None, adapters)

@@ -150,8 +150,9 @@ def test_a_stop_token_at_the_last_position_has_ended(params):
     assert int(rollout.lengths[row]) == COUNT and bool(rollout.ended[row])
 
 
+@pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("case", ["at once", "in between", "never"])
-def test_the_loop_stops_with_the_last_answer(params, monkeypatch, case):
+def test_the_loop_stops_with_the_last_answer(params, monkeypatch, case, every):
     free = np.asarray(sample(params, key=7).tokens)
     stops = {"at once": tuple(range(19)), "in between": tuple(int(token) for token in free[:, 4]), "never": ()}[case]
     steps = []
@@ -162,12 +163,14 @@ def test_the_loop_stops_with_the_last_answer(params, monkeypatch, case):
 
     monkeypatch.setattr(importlib.import_module("rlhf_jax.rollout.generate"), "draw", counted)
     sampling = Sampling(max_new_tokens=COUNT, stop_ids=stops)
-    anew = jax.jit(lambda *args: generate.__wrapped__(CONFIG, *args, key=jax.random.key(7), sampling=sampling))
+    settings = dict(key=jax.random.key(7), sampling=sampling, check_every=every)
+    anew = jax.jit(lambda *args: generate.__wrapped__(CONFIG, *args, **settings))
     rollout = anew(params, PROMPTS, LENGTHS)
     jax.effects_barrier()
     longest = {"at once": 1, "in between": 5, "never": COUNT}[case]
     assert int(rollout.lengths.max()) <= longest
-    assert sorted(steps) == list(range(int(rollout.lengths.max())))
+    blocks = -(-(int(rollout.lengths.max()) - 1) // every)  # after the first token, `every` at a time
+    assert sorted(steps) == list(range(1 + blocks * every))
 
 
 # The draw.
