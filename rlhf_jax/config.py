@@ -13,7 +13,9 @@ A stage names what it depends on: another stage ("sft"), or a file of one ("prep
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,8 +39,12 @@ MODEL = dict(
     context=256,  # longest sequence, in tokens
     rope_theta=10_000.0,
     tie_embeddings=True,
-    dtype="float32",  # of matrix products: "float32" | "bfloat16"; parameters stay float32
-    remat=False,  # recompute each layer's activations in the backward pass
+)
+COMPUTE = dict(  # "" takes what the model that a stage starts from has; a new one has the first
+    dtype="",  # of matrix products: "float32" | "bfloat16"
+    param_dtype="",  # of parameters: "float32" | "bfloat16" (then the optimizer keeps a float32 master copy)
+    remat="",  # what of a layer the backward pass recomputes: "none" | "full" | "dots" (all but matrix products)
+    attention="",  # "auto" (by platform) | "plain" | "cudnn" (NVIDIA) | "splash" (TPU)
 )
 LORA: dict[str, Any] = dict(
     rank=0,  # 0 trains every weight
@@ -47,6 +53,8 @@ LORA: dict[str, Any] = dict(
     rslora=False,  # scale by alpha / sqrt(rank) instead of alpha / rank
 )
 OPTIMIZER = dict(
+    name="adamw",  # "adamw" | "adafactor" (factored second moments)
+    moment_dtype="",  # of adamw's first moment: "" (float32) | "bfloat16"
     learning_rate=1e-3,
     schedule="cosine",  # "cosine" | "linear" | "constant", after the warm-up
     warmup=0.05,  # share of all optimizer steps
@@ -66,7 +74,9 @@ EVALUATION = dict(
     higher_is_better=False,
     samples=4,  # completions shown in the report
 )
-TRAINABLE = dict(lora=LORA, optimizer=OPTIMIZER, checkpoint=CHECKPOINT, evaluation=EVALUATION, mesh=MESH)
+TRAINABLE = dict(
+    compute=COMPUTE, lora=LORA, optimizer=OPTIMIZER, checkpoint=CHECKPOINT, evaluation=EVALUATION, mesh=MESH
+)
 
 STAGES: dict[str, dict[str, Any]] = {
     "prepare": dict(
@@ -81,11 +91,11 @@ STAGES: dict[str, dict[str, Any]] = {
         secrets=dict(per_cell=32, duplicates=(1, 4, 16)),  # a cell is a group and a number of duplicates
     ),
     "sft": dict(
-        init=REQUIRED,  # a stage, or "scratch"
-        tokenizer="",  # a SentencePiece model; "" takes init's
+        init=REQUIRED,  # a stage, "scratch", or a Hugging Face checkpoint or PEFT adapter folder
+        tokenizer="",  # a tokenizer file or checkpoint folder; "" takes init's
         model=MODEL,  # used with init="scratch"
-        data=REQUIRED,
-        schema="completion",  # "text" | "completion"
+        data=REQUIRED,  # SOURCE[,SOURCE...], each a file, folder or hub name, as NAME[@SPLIT][:WEIGHT]
+        schema="completion",  # "text" | "completion" | "messages"
         on_error="raise",  # a malformed record: "raise" | "skip"
         loss_on="completion",  # "completion" | "all" tokens
         fim_rate=0.0,  # share of completions asked as fill-in-the-middle
@@ -97,14 +107,16 @@ STAGES: dict[str, dict[str, Any]] = {
         **TRAINABLE,
     ),
     "reward": dict(
-        init=REQUIRED,
-        policy="",  # the stage whose samples are the rejected answers; "" takes init
-        data=REQUIRED,  # prompts with their own continuations: the chosen answers
+        init=REQUIRED,  # a stage, or a checkpoint folder
+        policy="",  # the stage or folder whose samples are rejected answers and calibrate the head; "" takes init
+        data=REQUIRED,
+        schema="completion",  # "completion" (against the policy's samples) | "preference" | "safety" (PKU: the better)
         on_error="raise",
         max_new_tokens=32,
         temperature=1.0,
         answer_mark=True,  # show the reward model where the answer begins, by the tokenizer's fim_middle token
-        samples=1,  # rejected answers, and so pairs, of each training prompt
+        samples=1,  # rejected answers, and so pairs, of each training prompt; schema "completion"
+        sequence_length=512,  # longest prompt with its answer, of schemas with both answers
         rollout_batch_size=128,
         batch_size=32,  # pairs
         accumulation=1,
@@ -113,10 +125,11 @@ STAGES: dict[str, dict[str, Any]] = {
         **TRAINABLE,
     ),
     "ppo": dict(
-        init=REQUIRED,
-        reward=REQUIRED,  # a reward stage
+        init=REQUIRED,  # a stage, or a checkpoint folder
+        reward=REQUIRED,  # a reward stage, or a sequence-classification checkpoint folder (with its own tokenizer)
         data=REQUIRED,  # prompts
         on_error="raise",
+        prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
         iterations=50,  # rollouts
         batch_size=64,  # prompts a rollout
         epochs=2,
@@ -126,6 +139,7 @@ STAGES: dict[str, dict[str, Any]] = {
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        stop_strings=(),  # an answer also ends where it spells one of these
         kl_coef=0.05,
         kl_limit=20.0,  # nats a sequence; reported against, and the summary says whether it held
         missing_end_penalty=-1.0,  # the score of an answer without its stop token
@@ -135,6 +149,7 @@ STAGES: dict[str, dict[str, Any]] = {
         value_clip=0.2,
         value_coef=0.1,
         whiten_advantages=True,
+        compute=COMPUTE,
         lora=LORA,
         optimizer={**OPTIMIZER, "learning_rate": 1e-4, "schedule": "constant", "weight_decay": 0.0},
         checkpoint={**CHECKPOINT, "every": 10},
@@ -147,6 +162,13 @@ STAGES: dict[str, dict[str, Any]] = {
         secrets="prepare/secrets.jsonl",
         batch_size=64,
         samples=6,
+        mesh=MESH,
+    ),
+    "export": dict(
+        subject=REQUIRED,  # the stage whose model is written as a Hugging Face folder, <stage>/checkpoint
+        merge=True,  # adapters merged into the base; False writes a PEFT adapter folder
+        dtype="",  # of the tensors: "" (as the parameters are) | "float32" | "bfloat16"
+        shard_gib=5.0,  # largest safetensors file
         mesh=MESH,
     ),
 }
@@ -213,12 +235,14 @@ def stage(kind: str, **fields: Any) -> ConfigDict:
 
 def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """Yields (field, value) for each field by which a stage may name another one."""
-    for field in ("init", "policy", "reward", "data", "tokenizer", "secrets"):
+    for field in ("init", "policy", "reward", "tokenizer", "secrets", "subject"):
         value = config.get(field)
         if isinstance(value, str) and value:
             yield field, value
-    if isinstance(config.get("evaluation"), ConfigDict) and config.evaluation.data:
-        yield "evaluation.data", config.evaluation.data
+    evaluation = config.get("evaluation")
+    for field, data in (("data", config.get("data")), ("evaluation.data", evaluation and evaluation.data)):
+        # NAME[@SPLIT][:WEIGHT] each; what follows a name is no part of a stage's file
+        yield from ((field, re.split(r"[@:]", part.strip())[0]) for part in (data or "").split(",") if part)
     if config.kind == "memorization":
         yield from (("subjects", name) for name in config.subjects)
         yield from (("controls", name) for name in config.controls.values())
@@ -228,6 +252,11 @@ def upstream(stages: ConfigDict, name: str) -> list[str]:
     """The stages that stage `name` depends on, without repeats, in the order its fields name them."""
     heads = [value.split("/")[0] for _, value in references(stages[name])]
     return list(dict.fromkeys(head for head in heads if head in stages))
+
+
+def is_folder(stages: ConfigDict, value: str) -> bool:
+    """Whether a field that names a model names a folder on disk, not a stage."""
+    return value not in stages and Path(value).expanduser().is_dir()
 
 
 def stage_order(stages: ConfigDict) -> list[str]:
@@ -253,19 +282,26 @@ def _positive(config: ConfigDict, where: str, fields: tuple[str, ...]) -> None:
             raise UserError(f"{where}.{field} is {config[field]}: it must be above 0")
 
 
+def _choice(config: ConfigDict, where: str, field: str, valid: tuple[str, ...]) -> None:
+    if config[field] not in valid:
+        names = ", ".join(f'"{name}"' for name in valid[:-1]) + f' or "{valid[-1]}"'
+        raise UserError(f'{where}.{field} is "{config[field]}": it must be {names}')
+
+
 def _check_stage(stages: ConfigDict, name: str) -> None:
     config, where = stages[name], f"stages.{name}"
     for field, value in config.items():
         if isinstance(value, str) and value == REQUIRED:
             raise UserError(f"{where}.{field} is not set: a {config.kind} stage needs it")
-    for field in ("init", "policy", "reward"):
+    for field in ("init", "policy", "reward", "subject"):
         value = config.get(field)
-        if not value or (field == "init" and value == "scratch"):
+        if not value or (field == "init" and value == "scratch") or (field != "subject" and is_folder(stages, value)):
             continue
         if value not in stages:
             hint = nearest(value, [n for n in stages if n != name])
-            raise UserError(f'{where}.{field} is "{value}", which is no stage: {hint}')
-        wanted = ("reward",) if field == "reward" else ("sft", "ppo", "reward") if field == "init" else ("sft", "ppo")
+            folder = "" if field == "subject" else f" and no checkpoint folder ({Path(value).expanduser()})"
+            raise UserError(f'{where}.{field} is "{value}", which is no stage{folder}: {hint}')
+        wanted = {"reward": ("reward",), "policy": ("sft", "ppo")}.get(field, ("sft", "ppo", "reward"))
         if stages[value].kind not in wanted:
             raise UserError(
                 f'{where}.{field} is "{value}", a {stages[value].kind} stage: it must be one of {", ".join(wanted)}'
@@ -284,12 +320,15 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
             raise UserError(
                 f'{where}.tokenizer is not set: a model from scratch needs one, as "prepare/tokenizer.model"'
             )
-        if config.schema not in ("text", "completion"):
-            raise UserError(f'{where}.schema is "{config.schema}": it must be "text" or "completion"')
-        if config.loss_on not in ("completion", "all"):
-            raise UserError(f'{where}.loss_on is "{config.loss_on}": it must be "completion" or "all"')
+        _choice(config, where, "schema", ("text", "completion", "messages"))
+        _choice(config, where, "loss_on", ("completion", "all"))
         if config.schema == "text" and config.loss_on == "completion":
             raise UserError(f'{where}.loss_on is "completion" but schema "text" has none: set loss_on="all"')
+    if config.kind == "reward":
+        _choice(config, where, "schema", ("completion", "preference", "safety"))
+    if config.kind == "export":
+        _choice(config, where, "dtype", ("", "float32", "bfloat16"))
+        _positive(config, where, ("shard_gib",))
     if config.kind == "ppo":
         if config.top_k or config.top_p != 1.0:
             raise UserError(
@@ -320,12 +359,16 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
                 raise UserError(f'{where}.lora.targets has "{target}": {nearest(target, valid)}')
         if config.init == "scratch":
             raise UserError(f"{where} trains adapters on a random base: set lora.rank=0 or another init")
-    if "optimizer" in config and config.optimizer.schedule not in ("cosine", "linear", "constant"):
-        raise UserError(
-            f'{where}.optimizer.schedule is "{config.optimizer.schedule}": it must be "cosine", "linear" or "constant"'
-        )
-    if config.get("on_error", "raise") not in ("raise", "skip"):
-        raise UserError(f'{where}.on_error is "{config.on_error}": it must be "raise" or "skip"')
+    if "optimizer" in config:
+        _choice(config.optimizer, f"{where}.optimizer", "schedule", ("cosine", "linear", "constant"))
+        _choice(config.optimizer, f"{where}.optimizer", "name", ("adamw", "adafactor"))
+        _choice(config.optimizer, f"{where}.optimizer", "moment_dtype", ("", "bfloat16"))
+        _choice(config.compute, f"{where}.compute", "dtype", ("", "float32", "bfloat16"))
+        _choice(config.compute, f"{where}.compute", "param_dtype", ("", "float32", "bfloat16"))
+        _choice(config.compute, f"{where}.compute", "remat", ("", "none", "full", "dots"))
+        _choice(config.compute, f"{where}.compute", "attention", ("", "auto", "plain", "cudnn", "splash"))
+    if "on_error" in config:
+        _choice(config, where, "on_error", ("raise", "skip"))
 
 
 def validate(config: ConfigDict) -> list[str]:

@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from rlhf_jax.config import NOT_SEMANTIC, upstream, validate
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.pretrained import checkpoint_identity
 from rlhf_jax.reporting import write_report
-from rlhf_jax.stages import memorization, ppo, prepare, reward, sft
+from rlhf_jax.stages import export, memorization, ppo, prepare, reward, sft
+from rlhf_jax.stages import plan as plans
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.loop import Stopped
@@ -24,14 +26,18 @@ KINDS: dict[str, Any] = {
     "reward": reward,
     "ppo": ppo,
     "memorization": memorization,
+    "export": export,
 }
 
 HOST_ONLY = ("prepare",)  # kinds that use no device: process 0 runs them, the others wait
 
 
-def semantic_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a stage that decide what it makes."""
-    return {name: value for name, value in config.to_dict().items() if name not in NOT_SEMANTIC}
+def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
+    """The fields of a stage that decide what it makes; a checkpoint folder stands for what it holds, wherever it is."""
+    fields = config.stages[name].to_dict()
+    for field, folder in Context(name, config, Path(), "").folders():
+        fields[field] = f"checkpoint {checkpoint_identity(folder)}"
+    return {name: value for name, value in fields.items() if name not in NOT_SEMANTIC}
 
 
 def identities(config: ConfigDict, order: list[str]) -> dict[str, str]:
@@ -39,7 +45,7 @@ def identities(config: ConfigDict, order: list[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for name in order:
         content = {
-            "fields": semantic_fields(config.stages[name]),
+            "fields": semantic_fields(config, name),
             "seed": config.seed,
             "upstream": {u: out[u] for u in upstream(config.stages, name)},
         }
@@ -65,7 +71,7 @@ def _refuse_changes(workdir: Path, config: ConfigDict, names: dict[str, str]) ->
         saved = json.loads(path.read_text())
         if saved["identity"] == identity:
             continue
-        changes = _differences(saved["fields"], json.loads(json.dumps(semantic_fields(config.stages[name]))))
+        changes = _differences(saved["fields"], json.loads(json.dumps(semantic_fields(config, name))))
         if saved["seed"] != config.seed:
             changes.insert(0, f"seed was {saved['seed']} and is now {config.seed}")
         what = "; ".join(changes[:3]) or "a stage it depends on has changed"
@@ -108,10 +114,20 @@ def _headline(figures: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
+def _check(config: ConfigDict, workdir: Path, names: dict[str, str], waiting: list[str]) -> None:
+    """Raises a UserError for what a stage that is still to run can refuse now."""
+    for name in waiting:
+        kind = KINDS[config.stages[name].kind]
+        if hasattr(kind, "check"):
+            kind.check(Context(name, config, workdir, names[name]))
+
+
 def plan(config: ConfigDict, workdir: Path) -> str:
-    """What a run would do: stages in order, their state, mesh, batch layout. Nothing is written."""
+    """What a run would do: stages in order, mesh, memory, batch layout, decoded examples. Nothing is written."""
     order = validate(config)
-    _refuse_changes(workdir, config, identities(config, order))
+    names = identities(config, order)
+    _refuse_changes(workdir, config, names)
+    _check(config, workdir, names, order)
     lines = [f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), work directory {workdir}"]
     for number, name in enumerate(order, 1):
         fields = config.stages[name]
@@ -128,6 +144,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
             lora = f"adapters of rank {fields.lora.rank}" if fields.lora.rank else "every weight trains"
             per = fields.batch_size // (fields.accumulation * fields.get("minibatches", 1))
             lines.append(f"      init {fields.init}, {lora}, batch {fields.batch_size} in microbatches of {per} rows")
+            context, kind = Context(name, config, workdir, ""), KINDS[fields.kind]
+            lines += [f"      {line}" for line in [*plans.describe(context), *plans.previews(context, kind)]]
     return "\n".join(lines)
 
 
@@ -143,11 +161,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     _refuse_changes(workdir, config, names)
     contexts = {name: Context(name, config, workdir, names[name]) for name in order}
     waiting = [name for name in order if not (workdir / name / "result.json").exists()]
-    for name in waiting:
-        kind = KINDS[config.stages[name].kind]
-        if hasattr(kind, "check"):
-            kind.check(contexts[name])
-
+    _check(config, workdir, names, waiting)
     if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", config.to_dict())
@@ -174,7 +188,11 @@ def _run_stage(context: Context) -> None:
     before = json.loads(stage_file.read_text())["seconds"] if stage_file.exists() else 0.0
 
     def note(seconds: float) -> None:
-        fields = {"identity": context.identity, "seed": context.seed, "fields": semantic_fields(config)}
+        fields = {
+            "identity": context.identity,
+            "seed": context.seed,
+            "fields": semantic_fields(context.experiment, context.name),
+        }
         write_json(stage_file, {**fields, "seconds": seconds})
 
     barrier(f"begin {context.name}")

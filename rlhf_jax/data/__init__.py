@@ -10,7 +10,7 @@ from rlhf_jax.data.corpus import (
 )
 from rlhf_jax.data.records import read_records, write_records
 from rlhf_jax.data.secrets import Secret, base_secrets, link_secrets, planted_records
-from rlhf_jax.data.tokenizer import Tokenizer, train_tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "Secret",
@@ -20,6 +20,7 @@ __all__ = [
     "folder_files",
     "keyed_generator",
     "link_secrets",
+    "load_tokenizer",
     "planted_records",
     "python_stdlib_files",
     "read_records",

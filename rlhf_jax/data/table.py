@@ -1,25 +1,23 @@
 """Tokenized records on disk, and the fixed-shape rows made of them.
 
-Process 0 tokenizes once; every process maps the files and reads only the rows it needs.
+Process 0 tokenizes once, as a stream; every process maps the files and reads only the rows it needs.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.examples import Example
+from rlhf_jax.distributed.processes import is_main_process
 
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One record's tokens; the loss counts tokens from `loss_start` on."""
-
-    tokens: list[int]
-    loss_start: int
+COLUMNS = {"tokens": "<i4", "offsets": "<i8", "counted": "|u1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +26,10 @@ class TokenTable:
 
     tokens: np.ndarray  # (total,) int32
     offsets: np.ndarray  # (n + 1,) int64
-    loss_starts: np.ndarray  # (n,) int32
+    counted: np.ndarray  # (total,) uint8, 1 where the loss counts the token
 
     def __len__(self) -> int:
-        return len(self.loss_starts)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -39,59 +37,91 @@ class TokenTable:
         return np.diff(self.offsets) - 1
 
 
-def save_table(folder: Path, examples: Sequence[Example]) -> None:
-    """Writes a table; the folder appears whole or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    tokens = np.concatenate([np.asarray(e.tokens, np.int32) for e in examples])
-    np.save(temporary / "tokens.npy", tokens)
-    np.save(temporary / "offsets.npy", np.cumsum([0] + [len(e.tokens) for e in examples]))
-    np.save(temporary / "loss_starts.npy", np.asarray([e.loss_start for e in examples], np.int32))
-    os.replace(temporary, folder)
+class _ArrayFile:
+    """A one-dimensional .npy file that grows; `close` writes its length into the header."""
+
+    def __init__(self, path: Path, dtype: str):
+        self._file, self._dtype, self._count = open(path, "wb", buffering=1 << 20), dtype, 0  # noqa: SIM115
+        self._write_header()
+
+    def append(self, values: Any) -> None:
+        array = np.asarray(values, self._dtype)
+        self._file.write(array.tobytes())
+        self._count += len(array)
+
+    def close(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        """As long for any count: numpy's header leaves room for one to grow."""
+        header = {"descr": self._dtype, "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)  # type: ignore[arg-type]
+
+
+class TableWriter:
+    """Writes a table record by record in constant memory.
+
+    A context manager: the folder appears whole when the block ends, and not at all when it raises.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._temporary = folder, folder.with_name(folder.name + ".tmp")
+        self._total = 0
+
+    def __enter__(self) -> "TableWriter":
+        shutil.rmtree(self._temporary, ignore_errors=True)  # what a cut run left
+        self._temporary.mkdir(parents=True)
+        self._files = {name: _ArrayFile(self._temporary / f"{name}.npy", dtype) for name, dtype in COLUMNS.items()}
+        self._files["offsets"].append([0])
+        return self
+
+    def append(self, example: Example) -> None:
+        """Adds one record.
+
+        Raises:
+            ValueError: fewer than two tokens (nothing to predict), or not one count for each.
+        """
+        if len(example.tokens) < 2 or len(example.tokens) != len(example.counted):
+            raise ValueError(f"an example of {len(example.tokens)} tokens and {len(example.counted)} counts")
+        self._total += len(example.tokens)
+        self._files["tokens"].append(example.tokens)
+        self._files["counted"].append(example.counted)
+        self._files["offsets"].append([self._total])
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for file in self._files.values():
+            file.close()
+        if kind is None and self._total:
+            os.replace(self._temporary, self._folder)
+            return
+        shutil.rmtree(self._temporary)
+        if kind is None:
+            raise ValueError(f"{self._folder}: a table without examples")
+
+
+def build_table(
+    folder: Path, examples: Iterable[Example], *, name: str | None = None, total: int | None = None
+) -> None:
+    """Writes a table of a stream of examples in constant memory, with a progress bar in process 0.
+
+    Args:
+        name: the bar's label, the folder's name by default.
+        total: the number of examples, if known, for the bar.
+
+    Raises:
+        ValueError: there is no example. Whatever `examples` raises passes through. Either leaves no folder.
+    """
+    bar = tqdm(examples, name or folder.name, total, disable=not is_main_process(), mininterval=1.0, file=sys.stdout)
+    with bar, TableWriter(folder) as writer:
+        for example in bar:
+            writer.append(example)
 
 
 def load_table(folder: Path) -> TokenTable:
-    """Maps a table that `save_table` wrote."""
-    names = ("tokens", "offsets", "loss_starts")
-    return TokenTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
-
-
-def text_examples(tokenizer: Tokenizer, text: str, sequence_length: int) -> list[Example]:
-    """A document as [bos] tokens [eos], cut into pieces of at most `sequence_length` positions; all tokens count."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-    starts = range(0, len(ids) - 1, sequence_length)
-    return [Example(ids[start : start + sequence_length + 1], 1) for start in starts]
-
-
-def completion_example(tokenizer: Tokenizer, prompt: str, completion: str, loss_on: str) -> Example:
-    """[bos] prompt completion [eos]; prompt and completion are tokenized apart, as generation sees them."""
-    head = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    return Example(
-        [*head, *tokenizer.encode(completion), tokenizer.eos_id], len(head) if loss_on == "completion" else 1
-    )
-
-
-def fim_example(tokenizer: Tokenizer, prompt: str, completion: str, cut: float, loss_on: str) -> Example:
-    """Fill-in-the-middle, prefix-suffix-middle order: the completion's share `cut` is the middle, its rest the suffix.
-
-    Raises:
-      UserError: the tokenizer has no fill-in-the-middle tokens.
-    """
-    marks = (tokenizer.fim_prefix_id, tokenizer.fim_suffix_id, tokenizer.fim_middle_id)
-    if None in marks:
-        raise UserError("fim_rate is above 0 but the tokenizer has no fill-in-the-middle tokens: set fim_rate=0")
-    prefix_id, suffix_id, middle_id = (int(mark) for mark in marks if mark is not None)
-    at = max(1, round(cut * len(completion)))
-    head = [
-        tokenizer.bos_id,
-        prefix_id,
-        *tokenizer.encode(prompt),
-        suffix_id,
-        *tokenizer.encode(completion[at:]),
-        middle_id,
-    ]
-    middle = [*tokenizer.encode(completion[:at]), tokenizer.eos_id]
-    return Example(head + middle, len(head) if loss_on == "completion" else 1)
+    """Maps a table that `build_table` wrote; its arrays are read from disk as they are indexed."""
+    return TokenTable(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in COLUMNS))
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -127,13 +157,14 @@ def make_rows(table: TokenTable, rows: Sequence[Sequence[int]], width: int) -> d
     for i, records in enumerate(rows):
         at = 0
         for segment, record in enumerate(records, 1):
-            ids = table.tokens[table.offsets[record] : table.offsets[record + 1]]
+            span = slice(table.offsets[record], table.offsets[record + 1])
+            ids = table.tokens[span]
             here = slice(at, at + len(ids) - 1)
             out["tokens"][i, here] = ids[:-1]
             out["targets"][i, here] = ids[1:]
             out["segment_ids"][i, here] = segment
             out["positions"][i, here] = np.arange(len(ids) - 1)
-            out["loss_mask"][i, here] = np.arange(1, len(ids)) >= table.loss_starts[record]
+            out["loss_mask"][i, here] = table.counted[span][1:]
             at += len(ids) - 1
     return out
 

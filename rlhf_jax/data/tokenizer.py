@@ -1,77 +1,211 @@
-"""A SentencePiece tokenizer for source code: exact round trips, special tokens that no text can spell."""
+"""Tokenizers: SentencePiece models, our own and foreign ones, and `load_tokenizer` for every kind."""
 
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
+from rlhf_jax.data.json_tokenizer import JsonTokenizer
+from rlhf_jax.data.tokenizer_base import (
+    FIM_TOKENS,
+    Roles,
+    Tokenizer,
+    assign_roles,
+    check_vocabulary,
+)
+from rlhf_jax.data.tokenizer_files import TokenizerFiles, read_tokenizer_files, vocabulary_file
 from rlhf_jax.errors import UserError
 
-FIM_PIECES = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+__all__ = [
+    "JsonTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "check_vocabulary",
+    "load_tokenizer",
+    "train_tokenizer",
+]
+
+FIM_PIECES = FIM_TOKENS[0]
 SPACE_MARKER = "\u2581"  # SentencePiece writes a space as this character, so the character itself needs care
 
 
-class Tokenizer:
-    """The SentencePiece model at `path`.
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokenizer:
+    """The tokenizer at `path`: a SentencePiece .model, a tokenizer.json, or a Hugging Face checkpoint folder.
 
-    Attributes: `path`; `pad_id`, `bos_id`, `eos_id`, `unk_id`; `fim_prefix_id`, `fim_suffix_id`, `fim_middle_id` (None
-    where the model has no such control piece); `vocab_size`; `identity`, the SHA-256 of the model file in hexadecimal.
+    A folder's tokenizer.json comes before its tokenizer.model; the configuration files beside them are read.
 
-    Round trips are exact for models of `train_tokenizer`. A foreign model keeps its own normalization.
+    Args:
+        chat_template: Jinja source that replaces the checkpoint's template.
 
     Raises:
-        UserError: the file is missing or no SentencePiece model; or pad, bos and eos are not three different ids.
+        UserError: no tokenizer there, or one whose special tokens are missing or contradictory.
+    """
+    kind = JsonTokenizer if vocabulary_file(path).suffix == ".json" else SentencePieceTokenizer
+    return kind(path, chat_template)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """The SentencePiece model at `path`: a .model file, or a folder with a tokenizer.model.
+
+    Round trips are exact for models of `train_tokenizer`. A foreign model keeps its own normalization, and gets a pad
+    id where it declares none.
+
+    Raises:
+        UserError: the file is missing or no SentencePiece model; no eos; or pad, bos and eos of a model with the
+            controls of `train_tokenizer` are not three different ids.
     """
 
-    def __init__(self, path: str | Path):
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
+    def __init__(self, path: str | Path, chat_template: str | None = None):
+        files = read_tokenizer_files(path, chat_template)
+        self._model = _processor(files)
+        model = self._model
+        self._own = all(model.is_control(model.piece_to_id(piece)) for piece in FIM_PIECES)
+        self._beyond = {text: i for i, text in files.added.items() if i >= model.vocab_size()}
+        roles, lone = self._roles(files)
+        prefix = () if roles.bos_id is None or files.add_bos is False else (roles.bos_id,)
+        super().__init__(files, roles, max([model.vocab_size() - 1, *self._beyond.values()]) + 1, prefix, lone)
+        spellings = sorted((text for text, i in roles.controls.items() if i != self.unk_id), key=len, reverse=True)
+        self._spelled = re.compile(f"({'|'.join(map(re.escape, spellings))})")
+        marker = [model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARKER.encode()]
+        self._marker_ids = marker if self._own and all(model.is_byte(i) for i in marker) else None
+
+    def _roles(self, files: TokenizerFiles) -> tuple[Roles, dict[str, Any]]:
+        """The roles, and the settings that the model file would have without the files beside it."""
+        model = self._model
+        ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
+        three = (ids["pad"], ids["bos"], ids["eos"])
+        if self._own and (min(three) < 0 or len(set(three)) < 3):
             raise UserError(
-                f"{path}: cannot read the tokenizer ({error.strerror}): give a SentencePiece .model"
-            ) from error
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(
-                f"{path}: not a SentencePiece model: give a .model file that SentencePiece wrote"
-            ) from error
-        self.path = Path(path).absolute()
-        self.identity = hashlib.sha256(model).hexdigest()
-        self.vocab_size = self._model.vocab_size()
-        self.pad_id, self.bos_id = self._model.pad_id(), self._model.bos_id()
-        self.eos_id, self.unk_id = self._model.eos_id(), self._model.unk_id()
-        self.fim_prefix_id, self.fim_suffix_id, self.fim_middle_id = (self._control_id(piece) for piece in FIM_PIECES)
-        special = (self.pad_id, self.bos_id, self.eos_id)
-        if min(special) < 0 or len(set(special)) < 3:
-            raise UserError(
-                f"{path}: pad, bos and eos must be three different ids, got pad={self.pad_id} bos={self.bos_id} "
-                f"eos={self.eos_id}: train the model again with pad_id=0, bos_id=1, eos_id=2, unk_id=3"
+                f"{files.path}: pad, bos and eos must be three different ids, got pad={ids['pad']} bos={ids['bos']} "
+                f"eos={ids['eos']}: train the model again with pad_id=0, bos_id=1, eos_id=2, unk_id=3"
             )
-        marker = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARKER.encode()]
-        self._marker_ids = marker if all(self._model.is_byte(i) for i in marker) else None
+        own = {role: index if index >= 0 else None for role, index in ids.items()}
+        controls = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
+        roles = assign_roles(files, self._token_id, own, controls | self._beyond, self._spelling)
+        return roles, {
+            "bos": own["bos"],
+            "eos": own["eos"],
+            "prefix": [] if own["bos"] is None else [own["bos"]],
+            "special": {text: i for text, i in controls.items() if i != roles.pad_id},
+            "chat_template": None,
+        }
+
+    def _token_id(self, text: str) -> int | None:
+        index = self._model.piece_to_id(text)
+        found = index != self._model.unk_id() or text == self._model.id_to_piece(index)
+        return index if found else self._beyond.get(text)
+
+    def _spelling(self, index: int) -> str | None:
+        if index < self._model.vocab_size():
+            return self._model.id_to_piece(index)
+        return next((text for text, i in self._beyond.items() if i == index), None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without bos or eos. The spelling of a special token is ordinary text."""
-        if self._marker_ids is None or SPACE_MARKER not in text:
-            return self._model.encode(text)
-        first, *rest = text.split(SPACE_MARKER)
-        ids = self._model.encode(first)
-        for part in rest:
-            ids += self._marker_ids + self._model.encode(part)
+        try:
+            if self._marker_ids is None or SPACE_MARKER not in text:
+                return self._model.encode(text)
+            first, *rest = text.split(SPACE_MARKER)
+            ids = self._model.encode(first)
+            for part in rest:
+                ids += self._marker_ids + self._model.encode(part)
+            return ids
+        except (RuntimeError, TypeError, UnicodeError) as error:  # which, depends on sentencepiece's version
+            raise self._surrogate_error(text) from error
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a rendered chat template: the spellings of special tokens are those tokens.
+
+        What stands between two special tokens is encoded as a text of its own, with the model's dummy space if any.
+        """
+        ids: list[int] = []
+        for part in self._spelled.split(text):
+            ids += [self._controls[part]] if part in self._controls else self.encode(part)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, leaving out pad, bos and eos."""
-        special = (self.pad_id, self.bos_id, self.eos_id)
-        return self._model.decode([int(i) for i in ids if int(i) not in special])
+    def rendered_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for part in self._spelled.split(text):
+            if part in self._controls:
+                ids.append(self._controls[part])
+                spans.append((at, at + len(part)))
+            else:
+                for index, begin, end in self._spans(part):
+                    ids.append(index)
+                    spans.append((at + begin, at + end))
+            at += len(part)
+        return ids, spans
 
-    def _control_id(self, piece: str) -> int | None:
-        index = self._model.piece_to_id(piece)
-        return index if self._model.is_control(index) else None
+    def _spans(self, text: str) -> Iterable[tuple[int, int, int]]:
+        """(id, begin, end) of `encode`, in characters; of a character's byte pieces the last has it, the rest none."""
+        ids = self.encode(text)
+        sizes = [len(self.token_bytes(index)) for index in ids]
+        character = [i for i, c in enumerate(text) for _ in c.encode()] + [len(text)]  # by byte
+        spaces = sum(sizes) - len(text.encode())
+        if spaces not in (0, 1):
+            raise UserError(
+                f"{self.path}: the SentencePiece model rewrites text, so a chat template's generation blocks cannot be "
+                "found in the tokens: give the checkpoint's tokenizer.json"
+            )
+        at = -spaces  # the model's dummy space stands before the first byte
+        for index, size in zip(ids, sizes, strict=True):
+            yield index, character[max(at, 0)], character[at + size]
+            at += size
+
+    def decode(self, ids: Sequence[int]) -> str:
+        size = self._model.vocab_size()
+        return self._model.decode([i for i in map(int, ids) if i not in self.special_ids and i < size])
+
+    def token_bytes(self, index: int) -> bytes:
+        model = self._model
+        if (
+            index in self.special_ids
+            or index >= model.vocab_size()
+            or model.is_unknown(index)
+            or model.is_unused(index)
+        ):
+            return b""
+        piece = model.id_to_piece(index)
+        return bytes([int(piece[1:-1], 16)]) if model.is_byte(index) else piece.replace(SPACE_MARKER, " ").encode()
+
+    def _saved_config(self) -> dict[str, Any]:
+        first = self._model.encode("a")[:1]
+        dummy_space = bool(first) and self._model.id_to_piece(first[0]).startswith(SPACE_MARKER)
+        extra = [text for text, i in self._controls.items() if text not in self._saved_tokens().values()]
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            **self._saved_tokens(),
+            "add_bos_token": bool(self.prefix),
+            "add_eos_token": False,
+            "add_prefix_space": dummy_space,
+            "legacy": dummy_space,
+            "clean_up_tokenization_spaces": False,
+            "additional_special_tokens": extra,
+        }
+
+
+def _processor(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
+    """The model; pieces that the configuration declares special are controls in it, which no text spells."""
+    content = files.contents[files.name]
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        declared = {*files.special, *files.declared.values()}
+        if declared:
+            proto = ModelProto.FromString(content)
+            for piece in proto.pieces:
+                if piece.piece in declared and piece.type == ModelProto.SentencePiece.USER_DEFINED:
+                    piece.type = ModelProto.SentencePiece.CONTROL
+            model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except RuntimeError as error:
+        raise UserError(
+            f"{files.path}: not a SentencePiece model: give a .model file that SentencePiece wrote"
+        ) from error
+    return model
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:

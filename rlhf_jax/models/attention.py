@@ -6,19 +6,13 @@ kernel on TPUs (a causal flash attention that skips blocks the mask empties).
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash_kernel,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as splash_mask,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask_info as splash_mask_info,
-)
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask_info
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.errors import UserError
@@ -188,7 +182,13 @@ def _capability() -> float:
 
 
 def _library_attention(
-    q: Array, k: Array, v: Array, scale: float, window: int, segment_ids: Array | None, implementation: str
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int,
+    segment_ids: Array | None,
+    implementation: Literal["cudnn", "xla"],
 ) -> Array:
     """`jax.nn.dot_product_attention` on `self_attention`'s arguments; "cudnn", or "xla" where a test has no GPU."""
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
@@ -200,7 +200,7 @@ def _library_attention(
         scale=scale,
         is_causal=True,
         local_window_size=(window - 1, 0) if window else None,
-        implementation=implementation,  # type: ignore[arg-type]
+        implementation=implementation,
     )
 
 

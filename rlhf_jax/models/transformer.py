@@ -17,7 +17,7 @@ from flax import struct
 
 from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models import rotary
-from rlhf_jax.models.attention import NEGATIVE, self_attention
+from rlhf_jax.models.attention import NEGATIVE, RESIDUALS, self_attention
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.dense import matmul, project
 from rlhf_jax.models.leaves import Leaf, base_leaves
@@ -32,9 +32,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
-REMAT: dict[str, Any] = {
+REMAT: dict[str, Any] = {  # what the backward pass finds saved
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
 }
 
 

@@ -88,6 +88,8 @@ def _backward(temperature: float, softcap: float, chunk: int, residuals, gradien
     fields = (hidden, targets, log_total, entropy, *gradients)
     zero = jnp.zeros(kernel.shape, jnp.float32)
     dkernel, dhidden = lax.scan(one, zero, tuple(_to_chunks(x, chunk) for x in fields))
+    # Tied embeddings transpose dkernel next; folded into its product, that is a bfloat16 dot the CPU back end lacks.
+    dkernel = lax.optimization_barrier(dkernel)
     return _from_chunks(dhidden, targets.shape[1]), dkernel.astype(kernel.dtype), None
 
 

@@ -1,6 +1,6 @@
 """Answers from a policy: sampling them and scoring them."""
 
 from rlhf_jax.rollout.generate import Rollout, generate
-from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.rollout.sampling import Sampling, checkpoint_sampling
 
-__all__ = ["Rollout", "Sampling", "generate"]
+__all__ = ["Rollout", "Sampling", "checkpoint_sampling", "generate"]

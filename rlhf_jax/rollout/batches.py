@@ -43,6 +43,7 @@ def answer_all(
     batch_size: int,
     mesh: Mesh,
     name: str,
+    buckets: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Samples an answer to every prompt; adapters are merged once.
 
@@ -51,21 +52,30 @@ def answer_all(
       row_ids: (n,) int32 identities that key the draws.
       batch_size: rows at a time; rounded up to the mesh.
       name: shown on the progress bar.
+      buckets: widths prompts are padded to; those of one width run together, each width compiles once. What none
+        holds goes to the longest prompt's width, as everything does without buckets.
 
     Returns:
-      tokens (n, N) int32, lengths (n,) int32 and ended (n,) bool, on the host of every process.
+      tokens (n, N) int32, lengths (n,) int32 and ended (n,) bool, in the prompts' order, on the host of every process.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(prompts)) // shards) * shards
-    width = max(len(ids) for ids in prompts)
+    longest = max(len(ids) for ids in prompts)
+    widths = [*(width for width in sorted(buckets) if width < longest), longest]
+    groups: dict[int, list[int]] = {width: [] for width in widths}
+    for number, ids in enumerate(prompts):
+        groups[next(width for width in widths if width >= len(ids))].append(number)
+    batches = [
+        (width, numbers[start : start + size])
+        for width, numbers in groups.items()
+        for start in range(0, len(numbers), size)
+    ]
     base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
-    parts = []
-    for start in tqdm(
-        range(0, len(prompts), size), desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout
-    ):
-        rows = pad_prompts(prompts[start : start + size], width, size)
-        ids = row_ids[start : start + size]
-        rows["row_ids"] = np.concatenate([ids, np.zeros(size - len(ids), np.int32)])
+    tokens = np.zeros((len(prompts), sampling.max_new_tokens), np.int32)
+    lengths, ended = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), bool)
+    for width, numbers in tqdm(batches, desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout):
+        rows = pad_prompts([prompts[i] for i in numbers], width, size)
+        rows["row_ids"] = np.concatenate([row_ids[numbers], np.zeros(size - len(numbers), np.int32)])
         batch = place_batch(size, partial(_take, rows), mesh)
         rollout = generate(
             spec.config,
@@ -76,6 +86,6 @@ def answer_all(
             sampling=sampling,
             row_ids=batch["row_ids"],
         )
-        parts.append([x[: len(ids)] for x in fetch((rollout.tokens, rollout.lengths, rollout.ended))])
-    tokens, lengths, ended = (np.concatenate(column) for column in zip(*parts, strict=True))
+        fields = fetch((rollout.tokens, rollout.lengths, rollout.ended))
+        tokens[numbers], lengths[numbers], ended[numbers] = (x[: len(numbers)] for x in fields)
     return tokens, lengths, ended

@@ -1,11 +1,13 @@
 """How a token is drawn: settings that travel with the rollout, and one uniform number a row and position."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.pretrained import generation_settings
 
 Array = jax.Array
 BLOCK = 64  # tokens a block of the two-level inverse-CDF draw
@@ -31,6 +33,22 @@ class Sampling:
             raise UserError(
                 f"{self}: temperature and top_k must be at least 0, top_p in (0, 1], max_new_tokens above 0"
             )
+
+
+def checkpoint_sampling(folder: str | Path, max_new_tokens: int = 64) -> Sampling:
+    """The sampling a Hugging Face folder asks for in its generation_config.json: stop ids, temperature, top_k, top_p.
+
+    A folder that asks for no sampling is greedy.
+    """
+    settings = generation_settings(folder)
+    sampled = settings.get("do_sample", False)
+    return Sampling(
+        max_new_tokens,
+        temperature=settings.get("temperature", 1.0) if sampled else 0.0,
+        top_k=settings.get("top_k", 0) if sampled else 0,
+        top_p=settings.get("top_p", 1.0) if sampled else 1.0,
+        stop_ids=tuple(settings["stop_ids"]),
+    )
 
 
 def row_keys(key: Array, row_ids: Array) -> Array:

@@ -1,5 +1,8 @@
 """Scoring answers: the one place where log-probabilities, values and scores of a rollout are computed."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -71,11 +74,81 @@ def answer_values(
     return jnp.where(jnp.arange(answers.shape[1]) < lengths[:, None], values, 0.0)
 
 
+def stacked_hidden_states(spec: RoleSpec, base: Any, adapters: Sequence[Any], tokens: Array) -> Array:
+    """Final hidden states of several roles on the same tokens, in one pass over one base.
+
+    The roles' rows run together, each with its own adapters: every base weight is read once for all of them.
+
+    Args:
+      adapters: one unscaled adapter tree a role, R of them.
+      tokens: (B, T) int32.
+
+    Returns:
+      (R, B, T, width), what `hidden_states` gives for each role within float32 rounding.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+    return jax.vmap(lambda own: hidden_states(spec, {"base": base, "adapters": own}, tokens))(stacked)
+
+
+class RoleScores(NamedTuple):
+    """What PPO reads of a rollout's tokens; (B, N) float32 each, 0 beyond each length."""
+
+    logprobs: Array  # of the policy
+    ref_logprobs: Array
+    entropy: Array
+    values: Array
+
+
+def scores_together(
+    spec: RoleSpec,
+    base: Any,
+    adapters: dict[str, Any],
+    value_head: dict[str, Array],
+    prompts: Array,
+    prompt_lengths: Array,
+    answers: Array,
+    lengths: Array,
+    temperature: float,
+) -> RoleScores:
+    """`answer_logprobs` of policy and reference and `answer_values` of the value role, in one pass.
+
+    Args:
+      adapters: {"policy", "reference", "value": unscaled adapter tree} on the one `base`.
+      prompts (B, P), prompt_lengths (B,), answers (B, N), lengths (B,): fields of a `Rollout`.
+    """
+    roles = ("policy", "reference", "value")
+    tokens = join(prompts, prompt_lengths, answers)
+    hidden = stacked_hidden_states(spec, base, [adapters[role] for role in roles], tokens)
+    policy, reference, value = (_before_answers(h, prompt_lengths, answers.shape[1]) for h in hidden)
+    kernel, cap = output_kernel(spec.config, base), spec.config.logit_softcap
+    logprobs, entropy = token_logprobs(policy, kernel, answers, temperature, cap)
+    ref_logprobs, _ = token_logprobs(reference, kernel, answers, temperature, cap)
+    inside = jnp.arange(answers.shape[1]) < lengths[:, None]
+    columns = (logprobs, ref_logprobs, entropy, heads.apply_head(value_head, value))
+    return RoleScores(*(jnp.where(inside, x, 0.0) for x in columns))
+
+
 def last_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array) -> Array:
     """The head's score at each row's last real token: tokens (B, T), lengths (B,) -> (B,) float32."""
     hidden = hidden_states(spec, weights, tokens)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return heads.apply_head(weights["head"], last)[:, 0]
+
+
+def with_end_token(tokens: Array, lengths: Array, ended: Array, stop_ids: tuple[int, ...]) -> tuple[Array, Array]:
+    """Answers with the first stop id after those that a stop string ended: reward models read it behind every answer.
+
+    Args:
+      tokens (B, N), lengths (B,), ended (B,): fields of a `Rollout`.
+
+    Returns:
+      tokens (B, N + 1) and lengths (B,).
+    """
+    last = jnp.take_along_axis(tokens, (lengths - 1)[:, None], axis=1)
+    missing = ended & ~jnp.any(last == jnp.asarray(stop_ids, tokens.dtype), axis=-1)
+    wider = jnp.pad(tokens, ((0, 0), (0, 1)))
+    here = (jnp.arange(wider.shape[1]) == lengths[:, None]) & missing[:, None]
+    return jnp.where(here, stop_ids[0], wider), lengths + missing
 
 
 def answer_scores(

@@ -1,6 +1,7 @@
 """What a stage is given to run: its config, its folder, its keys, and the models of the stages before it."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,18 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import is_folder, references
+from rlhf_jax.data.sources import RecordStream, stream_records
+from rlhf_jax.data.tokenizer import check_vocabulary
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import make_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.training.artifacts import Role, load_role
+from rlhf_jax.models.pretrained import is_reward_model
+from rlhf_jax.training.artifacts import Role, checkpoint_config, checkpoint_tokenizer, load_checkpoint, load_role
 from rlhf_jax.training.randomness import stage_key
+
+CHECKED_RECORDS, CHECKED_BYTES = 1000, 1 << 28  # before anything runs: files up to so many bytes are read whole
 
 
 @dataclasses.dataclass
@@ -44,16 +51,39 @@ class Context:
 
     def path(self, reference: str) -> Path:
         """A file of another stage ("prepare/sft.jsonl") inside the work directory, or the user's own path."""
-        inside = reference.split("/")[0] in self.experiment.stages
-        return self.workdir / reference if inside else Path(reference).expanduser()
+        return self.resolve(reference) or Path(reference).expanduser()
 
-    def own_files(self) -> list[tuple[str, Path]]:
-        """(field, path) of the data files that no stage makes: these can be checked before anything runs."""
-        fields = [("data", self.config.get("data"))]
-        if "evaluation" in self.config:
-            fields.append(("evaluation.data", self.config.evaluation.data))
-        stages = self.experiment.stages
-        return [(field, self.path(v)) for field, v in fields if v and v.split("/")[0] not in stages]
+    def resolve(self, name: str) -> Path | None:
+        """The path of a stage's file, or of a file or folder that is there; None for what may be a hub name."""
+        if name.split("/")[0] in self.experiment.stages:
+            return self.workdir / name
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+
+    def stream(self, data: str, schema: str, limit: int | None = None) -> RecordStream:
+        """The records of a data string, as they are read."""
+        return stream_records(data, schema, self.config.get("on_error", "raise"), resolve=self.resolve, limit=limit)
+
+    def records(self, data: str, schema: str, limit: int | None = None) -> tuple[list[dict[str, Any]], int]:
+        """The records of a data string, and how many malformed ones were skipped."""
+        stream = self.stream(data, schema, limit)
+        return list(stream), stream.skipped
+
+    def data_names(self, field: str) -> list[str]:
+        """The names in a data string: `field` is "data" or "evaluation.data"."""
+        return [value for name, value in references(self.config) if name == field]
+
+    def check_data(self, schema: str) -> None:
+        """Reads each data set that no stage makes, the first records of a large or remote one; raises what is wrong."""
+        for field, data in (("data", self.config.data), ("evaluation.data", self.config.evaluation.data)):
+            names = self.data_names(field)
+            if not data or any(name.split("/")[0] in self.experiment.stages for name in names):
+                continue
+            paths = [self.resolve(name) for name in names]
+            sizes = [path.stat().st_size for path in paths if path is not None and path.is_file()]
+            whole = len(sizes) == len(paths) and sum(sizes) <= CHECKED_BYTES
+            for _ in self.stream(data, schema, None if whole else CHECKED_RECORDS):
+                pass
 
     def mesh(self) -> Mesh:
         """The stage's mesh."""
@@ -74,9 +104,30 @@ class Context:
         fields = self.config.lora
         return LoraConfig(fields.rank, fields.alpha, tuple(fields.targets), fields.rslora) if fields.rank else None
 
-    def load(self, stage: str, mesh: Mesh) -> Role:
-        """Another stage's finished model."""
-        return load_role(self.workdir, stage, mesh, self.bases)
+    def load(self, reference: str, mesh: Mesh) -> Role:
+        """Another stage's finished model, or a checkpoint folder's."""
+        if is_folder(self.experiment.stages, reference):
+            dtype = self.config.get("compute", {}).get("param_dtype") or "float32"
+            return load_checkpoint(Path(reference).expanduser(), mesh, self.bases, dtype)
+        return load_role(self.workdir, reference, mesh, self.bases)
+
+    def folders(self) -> Iterator[tuple[str, Path]]:
+        """(field, folder) of the checkpoint folders that the stage starts from."""
+        for field in ("init", "policy", "reward"):
+            value = self.config.get(field)
+            if value and value != "scratch" and is_folder(self.experiment.stages, value):
+                yield field, Path(value).expanduser()
+
+    def check_folders(self) -> None:
+        """Raises a UserError unless every checkpoint folder can be read: config, tokenizer, vocabulary."""
+        for field, folder in self.folders():
+            config, tokenizer = checkpoint_config(folder), checkpoint_tokenizer(folder)
+            check_vocabulary(tokenizer, config.vocab_size, str(folder))
+            if field == "reward" and not is_reward_model(folder):
+                raise UserError(
+                    f"stages.{self.name}.reward: {folder} is a language model: give a sequence-classification "
+                    "checkpoint with one label, or a reward stage"
+                )
 
     def progress(self, message: str) -> None:
         """Prints a line, from process 0."""

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.config import references
 from rlhf_jax.data.records import read_records
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.distances import normalized_edit_distance
@@ -18,10 +19,10 @@ from rlhf_jax.training.randomness import record_ids
 
 def training_files(context: Context, stage: str) -> set[str]:
     """Names of the files that `stage` and the stages it was initialized from were trained on."""
-    files = set()
-    while stage != "scratch":
+    files: set[str] = set()
+    while stage in context.experiment.stages:
         config = context.experiment.stages[stage]
-        files.add(context.path(config.data).name)
+        files.update(context.path(value).name for field, value in references(config) if field == "data")
         stage = config.init
     return files
 
@@ -36,7 +37,7 @@ def _measure(
 ) -> tuple[dict[str, Any], list[str]]:
     """Distance to the target and recall of the path for each secret, and the completions' texts."""
     tokenizer = role.tokenizer
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(s["prompt"])] for s in secrets]
+    prompts = [tokenizer.encode_prompt(s["prompt"]) for s in secrets]
     targets = [tokenizer.encode(s["completion"]) for s in secrets]
     longest = max(len(t) for t in targets)
     check_lengths(prompts, longest, role.spec.config.context, context.config.secrets)
@@ -46,7 +47,7 @@ def _measure(
         prompts,
         record_ids([s["id"] for s in secrets]),
         key=context.key("greedy"),
-        sampling=Sampling(longest, temperature=0.0, stop_ids=(tokenizer.eos_id,)),
+        sampling=Sampling(longest, temperature=0.0, stop_ids=tokenizer.stop_ids),
         batch_size=context.config.batch_size,
         mesh=mesh,
         name=f"{context.name}: completions",

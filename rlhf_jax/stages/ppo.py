@@ -4,7 +4,6 @@ Four roles: policy and value train; reference and reward are frozen. With adapte
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,19 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.config import is_folder
+from rlhf_jax.data.examples import Example, prompt_ids, show_example
 from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.records import read_records
+from rlhf_jax.data.schemas import Text
+from rlhf_jax.data.stops import stop_table as make_stop_table
 from rlhf_jax.data.table import pad_prompts
-from rlhf_jax.distributed.sharding import fetch, place_batch
-from rlhf_jax.errors import UserError
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.distributed.sharding import fetch, place_batch, replicated
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import scaled_adapters, split, weight_axes
 from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import check_lengths
+from rlhf_jax.rollout.reencode import ForeignScores
+from rlhf_jax.rollout.scoring import RoleScores
 from rlhf_jax.stages.context import Context
-from rlhf_jax.training.artifacts import Role, continue_role, save_role
+from rlhf_jax.stages.train import train
+from rlhf_jax.training.artifacts import (
+    Role,
+    checkpoint_tokenizer,
+    continue_role,
+    describe_memory,
+    role_memory,
+    save_role,
+)
 from rlhf_jax.training.checkpoints import write_json
-from rlhf_jax.training.loop import Schedule, run_loop
 from rlhf_jax.training.ppo import (
     PPOConfig,
     end_penalized,
@@ -32,25 +43,27 @@ from rlhf_jax.training.ppo import (
     make_update,
     score_logprobs,
     score_rewards,
+    score_together,
     score_values,
 )
 from rlhf_jax.training.randomness import order_seed, record_ids
-from rlhf_jax.training.state import init_state, make_optimizer, make_schedule, state_shardings
-from rlhf_jax.training.throughput import peak_flops
+from rlhf_jax.training.state import init_state, make_optimizer, state_shardings
 
 EPOCH_STRIDE = 7919  # moves a record's draw identity from one epoch to the next
 
 
 class Prompts:
-    """Tokenized prompts of a file, padded to the longest."""
+    """Tokenized prompts of a data string, padded batch by batch to the narrowest bucket that holds them."""
 
-    def __init__(self, context: Context, role: Role, path: Path, limit: int | None = None):
-        records, self.skipped = read_records(path, "prompt", context.config.on_error)
-        records = records[:limit]
-        tokenizer = role.tokenizer
-        ids = [[tokenizer.bos_id, *tokenizer.encode(r["prompt"])] for r in records]
-        check_lengths(ids, context.config.max_new_tokens, role.spec.config.context, str(path))
-        self.rows = pad_prompts(ids, max(len(x) for x in ids))
+    def __init__(self, context: Context, role: Role, data: str, limit: int | None = None):
+        config = context.config
+        records, self.skipped = context.records(data, "prompt", limit)
+        self.texts = [r["prompt"] for r in records]
+        ids = [prompt_ids(role.tokenizer, text) for text in self.texts]
+        check_lengths(ids, config.max_new_tokens, role.spec.config.context, data)
+        self.longest = max(len(x) for x in ids)
+        self.buckets = [*(b for b in sorted(config.prompt_buckets) if b < self.longest), self.longest]
+        self.rows = pad_prompts(ids, self.longest)
         self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
 
     def __len__(self) -> int:
@@ -58,11 +71,13 @@ class Prompts:
 
     def place(self, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
         """{"prompts", "lengths", "row_ids"} on the mesh; a record's draws differ from epoch to epoch."""
+        width = next(b for b in self.buckets if b >= self.rows["lengths"][rows].max())
 
         def load(mine: np.ndarray) -> dict[str, np.ndarray]:
             chosen = rows[mine]
             row_ids = (self.ids[chosen].astype(np.int64) + EPOCH_STRIDE * epochs[mine]) % (1 << 31)
-            return {**{k: v[chosen] for k, v in self.rows.items()}, "row_ids": row_ids.astype(np.int32)}
+            fields = {"prompts": self.rows["prompts"][chosen, :width], "lengths": self.rows["lengths"][chosen]}
+            return {**fields, "row_ids": row_ids.astype(np.int32)}
 
         return place_batch(len(rows), load, mesh)
 
@@ -79,8 +94,18 @@ def check(context: Context) -> None:
     context.check_rows(
         "batch_size / (minibatches * accumulation)", config.batch_size // (config.minibatches * config.accumulation)
     )
-    for _, path in context.own_files():
-        read_records(path, "prompt", config.on_error)
+    context.check_folders()
+    for field, folder in context.folders():
+        if field == "init" and config.stop_strings:
+            make_stop_table(checkpoint_tokenizer(folder), config.stop_strings, None)
+    context.check_data("prompt")
+
+
+def preview(context: Context, tokenizer: Tokenizer) -> list[str]:
+    """The first prompts as the policy reads them: all of it given, nothing of it trained on."""
+    records = context.stream(context.config.data, "prompt", 3)
+    rows = [prompt_ids(tokenizer, record["prompt"]) for record in records]
+    return [show_example(tokenizer, Example(ids, [False] * len(ids))) for ids in rows]
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -88,29 +113,27 @@ def run(context: Context) -> dict[str, Any]:
     config, mesh = context.config, context.mesh()
     with jax.set_mesh(mesh):
         # --- roles -----------------------------------------------------------------------------------------------
-        policy = continue_role(context.load(config.init, mesh), context.lora(), key=context.key("adapters"))
+        start = context.load(config.init, mesh)
+        policy = continue_role(start, context.lora(), config.compute, key=context.key("adapters"))
         reward = context.load(config.reward, mesh)
-        value = continue_role(reward, context.lora(), key=context.key("value adapters"))
         # The critic starts from the reward model's weights, but its head from 0: the reward head is trained at the last
-        # token alone, and what it says in the middle of an answer is off by more than the scores' spread.
+        # token alone, and what it says in the middle of an answer is off by more than the scores' spread. Where the
+        # reward model reads other tokens, the critic starts from the policy's weights.
+        foreign = reward.tokenizer.identity != policy.tokenizer.identity
+        critic = start if foreign else reward
+        value = continue_role(critic, context.lora(), config.compute, key=context.key("value adapters"))
         value.weights["head"] = init_head(value.spec.config.width, 0.0, key=context.key("value head"))
-        if reward.tokenizer.identity != policy.tokenizer.identity:
-            raise UserError(
-                f"stages.{context.name}: {config.reward} and {config.init} have different tokenizers: train the reward "
-                "model on the policy's"
-            )
         # The reference is the policy's starting weights; training works on a copy (`init_state`).
         reference = policy.weights
-        prompts = Prompts(context, policy, context.path(config.data))
+        prompts = Prompts(context, policy, config.data)
         order = DataOrder(len(prompts), order_seed(context.seed, context.name))
-        sampling = Sampling(config.max_new_tokens, config.temperature, stop_ids=(policy.tokenizer.eos_id,))
+        sampling = Sampling(config.max_new_tokens, config.temperature, stop_ids=policy.tokenizer.stop_ids)
         settings = ppo_config(config)
         parts = settings.minibatches * settings.accumulation
-        width = prompts.rows["prompts"].shape[1] + config.max_new_tokens
+        width = prompts.longest + config.max_new_tokens
         context.progress(
             f"{len(prompts)} prompts, {config.iterations} iterations of {config.batch_size} answers, "
-            f"{settings.epochs * settings.minibatches} steps each; base shared by "
-            + _sharing({"policy": policy, "reference": policy, "value": value, "reward": reward})
+            f"{settings.epochs * settings.minibatches} steps each"
         )
 
         # --- state and programs ----------------------------------------------------------------------------------
@@ -122,14 +145,21 @@ def run(context: Context) -> dict[str, Any]:
             "value": weight_axes(value.spec, trainable["value"]),
         }
         steps_each = settings.epochs * settings.minibatches
-        optimizer = make_optimizer(config.optimizer, config.iterations * steps_each)
+        dtype = policy.spec.config.param_dtype
+        optimizer = make_optimizer(config.optimizer, config.iterations * steps_each, param_dtype=dtype)
         shardings = state_shardings(trainable, axes, optimizer, mesh)
         state = init_state(trainable, axes, optimizer, mesh)
         update = make_update(settings, policy.spec, value.spec, config.temperature, optimizer, shardings)
+        memory = _memory(policy, value, reward, frozen, state)
+        context.progress(describe_memory(memory))
         rollout_keys = _fold_ins(context.key("rollout"), config.iterations)
         update_keys = _fold_ins(context.key("minibatches"), config.iterations)
 
         scale = jax.jit(lambda weights: scaled_adapters(policy.spec, weights))
+        stop_table = None
+        if config.stop_strings:
+            table = make_stop_table(policy.tokenizer, config.stop_strings, policy.spec.config.vocab_size)
+            stop_table = jax.device_put(table, replicated(mesh))
 
         def sample(weights: Any, batch: dict[str, jax.Array], key: jax.Array) -> Rollout:
             return generate(
@@ -141,51 +171,58 @@ def run(context: Context) -> dict[str, Any]:
                 sampling=sampling,
                 row_ids=batch["row_ids"],
                 adapters=scale(weights),
+                stop_table=stop_table,
             )
+
+        imported = is_folder(context.experiment.stages, config.reward)
+        rescore = ForeignScores(reward.spec, reward.weights, reward.tokenizer, policy.tokenizer, mesh, imported)
+
+        def judge(rollout: Rollout, texts: list[Text]) -> jax.Array:
+            if foreign:
+                return rescore(rollout, texts)
+            return score_rewards(reward.spec, reward.weights, rollout, parts, stop_table is not None)
+
+        one_base = value.weights["base"] is policy.weights["base"] and policy.spec.lora is not None
+        together = one_base and value.spec == policy.spec
+
+        def score(acting: Any, rollout: Rollout) -> RoleScores:
+            """Policy, reference and value on the rollout: in one pass where they share a base."""
+            if together:
+                adapters = {name: acting[name]["adapters"] for name in acting} | {"reference": reference["adapters"]}
+                base, head = policy.weights["base"], acting["value"]["head"]
+                return score_together(policy.spec, base, adapters, head, rollout, parts)
+            logprobs, entropy = score_logprobs(policy.spec, acting["policy"], rollout, parts)
+            ref_logprobs, _ = score_logprobs(policy.spec, reference, rollout, parts)
+            values = score_values(value.spec, acting["value"], rollout, parts)
+            return RoleScores(logprobs, ref_logprobs, entropy, values)
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
             rows, epochs = (f(iteration, config.batch_size) for f in (order.batch, order.epochs))
             acting = {name: {**frozen[name], **state.params[name]} for name in frozen}
             rollout = sample(acting["policy"], prompts.place(rows, epochs, mesh), rollout_keys[iteration])
-            logprobs, entropy = score_logprobs(policy.spec, acting["policy"], rollout, parts)
-            ref_logprobs, _ = score_logprobs(policy.spec, reference, rollout, parts)
-            values = score_values(value.spec, acting["value"], rollout, parts)
-            scores = score_rewards(reward.spec, reward.weights, rollout, parts)
-            experience, metrics = make_experience(settings, rollout, logprobs, ref_logprobs, entropy, values, scores)
+            scores = judge(rollout, [prompts.texts[row] for row in rows])
+            experience, metrics = make_experience(settings, rollout, *score(acting, rollout), scores)
             state, updates = update(state, frozen, experience, update_keys[iteration])
             return state, metrics | updates
 
         evaluate = None
         if config.evaluation.data:
-            held_out = Prompts(context, policy, context.path(config.evaluation.data), config.evaluation.records)
-            evaluate = _evaluation(context, held_out, policy, reference, frozen, reward, sample, mesh)
+            held_out = Prompts(context, policy, config.evaluation.data, config.evaluation.records)
+            evaluate = _evaluation(context, held_out, policy, reference, frozen, judge, sample, mesh)
 
         # --- loop ------------------------------------------------------------------------------------------------
         forward = config.batch_size * width * policy.spec.config.forward_flops(width)
-        params, summary = run_loop(
-            name=context.name,
-            folder=context.folder,
-            identity=context.identity,
-            schedule=Schedule(
-                config.iterations,
-                max(1, context.experiment.logging.every // steps_each),
-                config.evaluation.every,
-                config.checkpoint.every,
-                steps_each,
-            ),
-            state=state,
-            advance=advance,
-            evaluate=evaluate,
-            metric=config.evaluation.metric,
-            higher_is_better=config.evaluation.higher_is_better,
+        params, _ = train(
+            context,
+            state,
+            advance,
+            evaluate,
+            iterations=config.iterations,
+            steps_each=steps_each,
             shown=("objective/scores", "objective/kl", "eval/score", "eval/kl"),
-            learning_rate=make_schedule(config.optimizer, config.iterations * steps_each),
             tokens_each=config.batch_size * width,
             # decoding once, scoring by four roles, training two of them (forward and backward) every epoch
             flops_each=forward * (1 + 4 + 2 * 3 * settings.epochs),
-            peak_flops=peak_flops(),
-            keep=config.checkpoint.keep,
-            tensorboard=context.experiment.logging.tensorboard,
         )
         policy.weights = {**frozen["policy"], **params["policy"]}
         prints = save_role(context.workdir, context.name, policy)
@@ -201,6 +238,8 @@ def run(context: Context) -> dict[str, Any]:
         "kl_highest": max(kls),
         "kl_below_limit": max(kls) < config.kl_limit,
         "fingerprints": prints,
+        "memory": memory,
+        "scored_in_one_pass": together,
     }
     samples = []
     if evaluate is not None:
@@ -210,12 +249,16 @@ def run(context: Context) -> dict[str, Any]:
     return {"figures": figures, "samples": samples}
 
 
-def _sharing(roles: dict[str, Role]) -> str:
-    """Which roles hold the same base arrays, for the console."""
-    groups: dict[int, list[str]] = {}
-    for name, role in roles.items():
-        groups.setdefault(id(role.weights["base"]), []).append(name)
-    return "; ".join("+".join(names) for names in groups.values())
+def _memory(policy: Role, value: Role, reward: Role, frozen: Any, state: Any) -> dict[str, dict[str, Any]]:
+    """`role_memory` of the four roles as they stand in training, and the optimizer's share."""
+    roles = {
+        "policy": {**frozen["policy"], **state.params["policy"]},
+        "reference": policy.weights,
+        "value": {**frozen["value"], **state.params["value"]},
+        "reward": reward.weights,
+    }
+    moments = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    return role_memory(roles) | {"optimizer": {"base_of": "optimizer", "optimizer": moments}}
 
 
 def _fold_ins(key: jax.Array, count: int) -> list[jax.Array]:
@@ -229,7 +272,7 @@ def _evaluation(
     policy: Role,
     reference: Any,
     frozen: Any,
-    reward: Role,
+    judge: Any,
     sample: Any,
     mesh: Mesh,
 ):
@@ -248,11 +291,11 @@ def _evaluation(
 
     def answers(weights: Any) -> dict[str, np.ndarray]:
         columns: dict[str, list[np.ndarray]] = {}
-        for batch in batches:
+        for batch, rows in zip(batches, numbers, strict=True):
             rollout = sample(weights, batch, key)
             logprobs, _ = score_logprobs(policy.spec, weights, rollout, parts)
             ref_logprobs, _ = score_logprobs(policy.spec, reference, rollout, parts)
-            scores = score_rewards(reward.spec, reward.weights, rollout, parts)
+            scores = judge(rollout, [held_out.texts[row] for row in rows])
             fields = {
                 "score": end_penalized(scores, rollout.ended, config.missing_end_penalty),
                 "kl": (logprobs - ref_logprobs).sum(-1),

@@ -27,6 +27,7 @@ from rlhf_jax.data import (
     completion_tasks,
     folder_files,
     link_secrets,
+    load_tokenizer,
     planted_records,
     python_stdlib_files,
     remove_duplicates,
@@ -77,7 +78,7 @@ def run(context) -> dict[str, Any]:
     # -------------------------------------------------- tokenizer --------------------------------------------------
     tokenizer_path = context.folder / "tokenizer.model"
     train_tokenizer((text for _, text in sets["pretrain"]), tokenizer_path, config.vocab_size)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     context.progress(f"tokenizer of {tokenizer.vocab_size} pieces trained on {len(sets['pretrain'])} files")
 
     # --------------------------------------------- examples and secrets --------------------------------------------

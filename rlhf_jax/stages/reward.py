@@ -1,4 +1,4 @@
-"""The reward model: Bradley-Terry on each record's own continuation against a sample of the policy.
+"""The reward model: Bradley-Terry on preference pairs, or on each record's own continuation against a policy's sample.
 
 Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1.
 """
@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.data.examples import answer_ids, completion_example, prompt_ids, show_example
 from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.records import read_records
+from rlhf_jax.data.schemas import Text
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, split, weight_axes
@@ -28,12 +29,11 @@ from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
 from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
-from rlhf_jax.training.artifacts import Role, continue_role, save_role
+from rlhf_jax.stages.train import train
+from rlhf_jax.training.artifacts import Role, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, plain_gradient
-from rlhf_jax.training.loop import Schedule, run_loop
 from rlhf_jax.training.randomness import order_seed, record_ids
-from rlhf_jax.training.state import init_state, make_optimizer, make_schedule, make_step, state_shardings
-from rlhf_jax.training.throughput import peak_flops
+from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
 
 Pairs = dict[str, np.ndarray]
 
@@ -61,62 +61,104 @@ def reward_objective(spec: RoleSpec) -> Objective:
     return objective
 
 
-def _marked_prompts(spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]]) -> list[list[int]]:
-    """Prompts as the reward model reads them: [bos] prompt, and its answer mark."""
-    mark = [] if spec.answer_mark is None else [spec.answer_mark]
-    return [[tokenizer.bos_id, *tokenizer.encode(r["prompt"]), *mark] for r in records]
+class Asked:
+    """The prompts of some records: as the policy reads them, and as the reward model does (with its answer mark)."""
+
+    def __init__(self, spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]]):
+        mark = [] if spec.answer_mark is None else [spec.answer_mark]
+        self.prompts = [prompt_ids(tokenizer, r["prompt"]) for r in records]
+        self.marked = [[*prompt, *mark] for prompt in self.prompts]
+        self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
 
 
-def _make_pairs(context: Context, spec: RoleSpec, policy: Role, path: Path, part: str, mesh: Mesh) -> Pairs:
-    """Rows of (prompt + own continuation, prompt + policy's sample) as the reward model reads them, made once.
+def _both_answers(schema: str, record: dict[str, Any]) -> tuple[Text, Text]:
+    """The better and the worse answer of a record that holds both."""
+    if schema == "safety":
+        return record["responses"][record["better"]], record["responses"][1 - record["better"]]
+    return record["chosen"], record["rejected"]
+
+
+def _given_pairs(
+    context: Context, spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]], data: str
+) -> tuple[list[tuple[list[int], list[int], list[int]]], int]:
+    """(marked prompt, chosen, rejected) of records that hold both answers, and how many were dropped: answers that are
+    the same tokens, or (with on_error "skip") a row that is too long."""
+    config = context.config
+    longest = min(config.sequence_length, spec.config.context)
+    rows, dropped = [], 0
+    for number, (record, marked) in enumerate(zip(records, Asked(spec, tokenizer, records).marked, strict=True), 1):
+        answers = _both_answers(config.schema, record)
+        chosen, rejected = (answer_ids(tokenizer, record["prompt"], answer) for answer in answers)
+        length = len(marked) + max(len(chosen), len(rejected))
+        if length > longest and config.on_error == "raise":
+            raise UserError(
+                f"{data}: record {number} has {length} tokens, above {longest}: shorten it, raise sequence_length, "
+                'or set on_error="skip"'
+            )
+        if length > longest or chosen == rejected:
+            dropped += 1
+        else:
+            rows.append((marked, chosen, rejected))
+    return rows, dropped
+
+
+def _sampled_pairs(
+    context: Context, spec: RoleSpec, policy: Role, records: list[dict[str, Any]], data: str, part: str, mesh: Mesh
+) -> tuple[list[tuple[list[int], list[int], list[int]]], int]:
+    """(marked prompt, own continuation, policy's sample) of each record, and how many had the same tokens twice."""
+    config, tokenizer = context.config, policy.tokenizer
+    asked, count = Asked(spec, tokenizer, records), config.max_new_tokens
+    check_lengths(asked.marked, count, policy.spec.config.context, data)
+    own = [answer_ids(tokenizer, r["prompt"], r["completion"])[:count] for r in records]
+    rows, draws = [], config.samples if part == "train" else 1
+    for draw in range(draws):
+        sampled, lengths, _ = answer_all(
+            policy.spec,
+            policy.weights,
+            asked.prompts,
+            asked.ids,
+            key=jax.random.fold_in(context.key(f"pairs/{part}"), draw),
+            sampling=Sampling(count, config.temperature, stop_ids=tokenizer.stop_ids),
+            batch_size=config.rollout_batch_size,
+            mesh=mesh,
+            name=f"{context.name}: {part} samples",
+        )
+        for prompt, chosen, tokens, length in zip(asked.marked, own, sampled, lengths, strict=True):
+            rejected = tokens[:length].tolist()
+            if chosen != rejected:
+                rows.append((prompt, chosen, rejected))
+    return rows, len(records) * draws - len(rows)
+
+
+def _make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part: str, mesh: Mesh) -> Pairs:
+    """Rows of (prompt + chosen, prompt + rejected) as the reward model reads them, made once.
 
     Returns {"tokens": (n, 2, T) int32, "lengths": (n, 2) int32 in all, "answer_lengths": (n, 2), "ended": (n, 2) bool}.
-    A pair whose two answers are the same tokens is left out.
     """
-    folder = context.folder / "data"
-    file = folder / f"pairs_{part}.npz"
+    file = context.folder / "data" / f"pairs_{part}.npz"
     if not file.exists():
-        config, tokenizer = context.config, policy.tokenizer
-        records, _ = read_records(path, "completion", config.on_error)
-        if part == "evaluation":
-            records = records[: config.evaluation.records]
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(r["prompt"])] for r in records]
-        count = config.max_new_tokens
-        marked = _marked_prompts(spec, tokenizer, records)
-        check_lengths(marked, count, policy.spec.config.context, str(path))
-        own = [([*tokenizer.encode(r["completion"]), tokenizer.eos_id])[:count] for r in records]
-        ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
-        rows = []
-        for draw in range(config.samples if part == "train" else 1):
-            sampled, lengths, _ = answer_all(
-                policy.spec,
-                policy.weights,
-                prompts,
-                ids,
-                key=jax.random.fold_in(context.key(f"pairs/{part}"), draw),
-                sampling=Sampling(count, config.temperature, stop_ids=(tokenizer.eos_id,)),
-                batch_size=config.rollout_batch_size,
-                mesh=mesh,
-                name=f"{context.name}: {part} samples",
-            )
-            for prompt, chosen, tokens, length in zip(marked, own, sampled, lengths, strict=True):
-                rejected = tokens[:length].tolist()
-                if chosen != rejected:
-                    rows.append((prompt, chosen, rejected))
-            dropped = len(prompts) * (draw + 1) - len(rows)
-        width = max(len(p) for p in marked) + count
+        config, stops = context.config, policy.tokenizer.stop_ids
+        records, skipped = context.records(data, config.schema, None if part == "train" else config.evaluation.records)
+        if config.schema == "completion":
+            rows, dropped = _sampled_pairs(context, spec, policy, records, data, part, mesh)
+        else:
+            rows, dropped = _given_pairs(context, spec, policy.tokenizer, records, data)
+        if not rows:
+            raise UserError(f"{data}: no pair is left to train on ({dropped} dropped): look at sequence_length")
+        width = max(len(p) + max(len(c), len(r)) for p, c, r in rows)
         pairs: Pairs = {
             "tokens": np.zeros((len(rows), 2, width), np.int32),
             "lengths": np.asarray([[len(p) + len(c), len(p) + len(r)] for p, c, r in rows], np.int32),
             "answer_lengths": np.asarray([[len(c), len(r)] for _, c, r in rows], np.int32),
-            "ended": np.asarray([[a[-1] == tokenizer.eos_id for a in (c, r)] for _, c, r in rows]),
+            "ended": np.asarray([[a[-1] in stops for a in (c, r)] for _, c, r in rows]),
             "dropped": np.asarray(dropped),
+            "skipped": np.asarray(skipped),
         }
         for i, (prompt, *answers) in enumerate(rows):
             for j, answer in enumerate(answers):
                 pairs["tokens"][i, j, : pairs["lengths"][i, j]] = prompt + answer
         if is_main_process():
-            folder.mkdir(exist_ok=True)
+            file.parent.mkdir(exist_ok=True)
             with open(f"{file}.tmp", "wb") as out:
                 np.savez(out, **pairs)  # type: ignore[arg-type]
             os.replace(f"{file}.tmp", file)
@@ -162,8 +204,26 @@ def check(context: Context) -> None:
     """What can be refused before anything runs."""
     config = context.config
     context.check_rows("batch_size / accumulation", config.batch_size // config.accumulation)
-    for _, path in context.own_files():
-        read_records(path, "completion", config.on_error)
+    context.check_folders()
+    context.check_data(config.schema)
+
+
+def preview(context: Context, tokenizer: Tokenizer) -> list[str]:
+    """The first records' answers as the reward model reads them: it scores the end of what is not masked."""
+    config, out = context.config, []
+    for record in context.stream(config.data, config.schema, 3):
+        if config.schema == "completion":
+            answers = {"chosen (the rejected one is sampled)": record["completion"]}
+        elif config.schema == "safety":
+            answers = {
+                "better": record["responses"][record["better"]],
+                "worse": record["responses"][1 - record["better"]],
+            }
+        else:
+            answers = {"chosen": record["chosen"], "rejected": record["rejected"]}
+        shown = {n: completion_example(tokenizer, record["prompt"], a, "completion") for n, a in answers.items()}
+        out.append("\n".join(f"{name}: {show_example(tokenizer, example)}" for name, example in shown.items()))
+    return out
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -173,62 +233,61 @@ def run(context: Context) -> dict[str, Any]:
         # --- roles and pairs -------------------------------------------------------------------------------------
         start = context.load(config.init, mesh)
         policy = context.load(config.policy, mesh) if config.policy else start
-        role = continue_role(start, context.lora(), key=context.key("adapters"))
+        role = continue_role(start, context.lora(), config.compute, key=context.key("adapters"))
         if config.answer_mark and role.tokenizer.fim_middle_id is not None:
             role.spec = dataclasses.replace(role.spec, answer_mark=role.tokenizer.fim_middle_id)
         width = role.spec.config.width
-        role.weights["head"] = init_head(width, (width + 1) ** -0.5, key=context.key("head"))
-        train = _make_pairs(context, role.spec, policy, context.path(config.data), "train", mesh)
+        fresh = init_head(width, (width + 1) ** -0.5, key=context.key("head"))
+        role.weights["head"] = start.weights.get("head", fresh)  # an imported reward model goes on with its own
+        training = _make_pairs(context, role.spec, policy, config.data, "train", mesh)
         held_out = None
         if config.evaluation.data:
-            held_out = _make_pairs(context, role.spec, policy, context.path(config.evaluation.data), "evaluation", mesh)
-        pairs = len(train["lengths"])
+            held_out = _make_pairs(context, role.spec, policy, config.evaluation.data, "evaluation", mesh)
+        pairs = len(training["lengths"])
         order = DataOrder(pairs, order_seed(context.seed, context.name))
         steps = max(1, math.ceil(config.epochs * pairs / config.batch_size))
-        context.progress(f"{pairs} pairs ({int(train['dropped'])} with equal answers dropped), {steps} steps")
+        context.progress(
+            f"{pairs} pairs ({int(training['dropped'])} dropped: equal answers, or too long), {steps} steps"
+        )
 
         # --- step ------------------------------------------------------------------------------------------------
         trainable, frozen = split(role.spec, role.weights)
         axes = weight_axes(role.spec, trainable)
-        optimizer = make_optimizer(config.optimizer, steps)
+        optimizer = make_optimizer(config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
         objective = reward_objective(role.spec)
         gradient = plain_gradient(objective, config.accumulation)
         step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
         state = init_state(trainable, axes, optimizer, mesh)
-        tokens = 2 * config.batch_size * train["tokens"].shape[-1]
+        tokens = 2 * config.batch_size * training["tokens"].shape[-1]
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
-            return step(state, frozen, _place(train, order.batch(iteration, config.batch_size), mesh))
+            return step(state, frozen, _place(training, order.batch(iteration, config.batch_size), mesh))
 
         evaluate = _evaluation(objective, frozen, held_out, config.batch_size, mesh) if held_out else None
 
         # --- loop ------------------------------------------------------------------------------------------------
-        params, summary = run_loop(
-            name=context.name,
-            folder=context.folder,
-            identity=context.identity,
-            schedule=Schedule(
-                steps, context.experiment.logging.every, config.evaluation.every, config.checkpoint.every
-            ),
-            state=state,
-            advance=advance,
-            evaluate=evaluate,
-            metric=config.evaluation.metric,
-            higher_is_better=config.evaluation.higher_is_better,
+        params, summary = train(
+            context,
+            state,
+            advance,
+            evaluate,
+            iterations=steps,
             shown=("loss/train", "accuracy/train", "loss/eval", "accuracy/eval"),
-            learning_rate=make_schedule(config.optimizer, steps),
             tokens_each=tokens,
-            flops_each=3 * tokens * role.spec.config.forward_flops(train["tokens"].shape[-1], logits=False),
-            peak_flops=peak_flops(),
-            keep=config.checkpoint.keep,
-            tensorboard=context.experiment.logging.tensorboard,
+            flops_each=3 * tokens * role.spec.config.forward_flops(training["tokens"].shape[-1], logits=False),
         )
         role.weights = {**frozen, **params}
 
         # --- calibration -----------------------------------------------------------------------------------------
         calibration = _calibrate(context, role, policy, mesh)
         prints = save_role(context.workdir, context.name, role)
-    figures = {"pairs": pairs, "dropped_equal": int(train["dropped"]), "steps": steps, "calibration": calibration}
+    figures: dict[str, Any] = {
+        "pairs": pairs,
+        "dropped": int(training["dropped"]),
+        "skipped": int(training["skipped"]),
+        "steps": steps,
+        "calibration": calibration,
+    }
     if held_out is not None:
         count = len(held_out["lengths"])
         low, high = wilson(round(summary["result"]["accuracy/eval"] * count), count)
@@ -240,10 +299,11 @@ def run(context: Context) -> dict[str, Any]:
             "accuracy_low": low,
             "accuracy_high": high,
             "accuracy_start": summary["first"]["accuracy/eval"],
-            "accuracy_length_and_end_baseline": baseline_accuracy(train, held_out),
+            "accuracy_length_and_end_baseline": baseline_accuracy(training, held_out),
             "result_step": summary["result_step"],
         }
-    return {"figures": figures | {"fingerprints": prints}, "samples": []}
+    figures |= {"fingerprints": prints, "memory": role_memory({context.name: role.weights})}
+    return {"figures": figures, "samples": []}
 
 
 def _evaluation(objective: Objective, frozen: Any, pairs: Pairs, size: int, mesh: Mesh):
@@ -271,23 +331,26 @@ def _calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[s
     score the policy's answers low.
     """
     config, tokenizer = context.config, role.tokenizer
-    path = context.path(config.evaluation.data or config.data)
-    records, _ = read_records(path, "completion", config.on_error)
-    records = records[: config.calibration_prompts]
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(r["prompt"])] for r in records]
+    data = config.evaluation.data or config.data
+    records, _ = context.records(data, config.schema, config.calibration_prompts)
+    asked = Asked(role.spec, tokenizer, records)
+    room = role.spec.config.context - config.max_new_tokens
+    fits = [i for i, marked in enumerate(asked.marked) if len(marked) <= room]
+    if not fits:
+        raise UserError(f"{data}: no prompt leaves room for {config.max_new_tokens} new tokens: lower max_new_tokens")
     tokens, lengths, _ = answer_all(
         policy.spec,
         policy.weights,
-        prompts,
-        record_ids([str(r.get("id", i)) for i, r in enumerate(records)]),
+        [asked.prompts[i] for i in fits],
+        asked.ids[fits],
         key=context.key("calibration"),
-        sampling=Sampling(config.max_new_tokens, config.temperature, stop_ids=(tokenizer.eos_id,)),
+        sampling=Sampling(config.max_new_tokens, config.temperature, stop_ids=tokenizer.stop_ids),
         batch_size=config.rollout_batch_size,
         mesh=mesh,
         name=f"{context.name}: calibration samples",
     )
-    marked = _marked_prompts(role.spec, tokenizer, records)
-    count, size = len(prompts), config.batch_size
+    marked = [asked.marked[i] for i in fits]
+    count, size = len(marked), config.batch_size
     joined = np.zeros((count, max(len(p) for p in marked) + tokens.shape[1]), np.int32)
     totals = np.asarray([len(p) for p in marked], np.int32) + lengths
     for i, prompt in enumerate(marked):

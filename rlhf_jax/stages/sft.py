@@ -3,30 +3,31 @@
 Loads records, tokenizes and packs them; one jitted step; writes the best model by `evaluation.metric`.
 """
 
+import itertools
 import json
 import math
-from pathlib import Path
+import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.records import read_records
-from rlhf_jax.data.table import (
+from rlhf_jax.data.examples import (
     Example,
     completion_example,
     fim_example,
-    load_table,
-    make_rows,
-    pack,
-    pad_prompts,
-    save_table,
+    messages_example,
+    prompt_ids,
+    show_example,
     text_examples,
 )
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.order import DataOrder
+from rlhf_jax.data.table import build_table, load_table, make_rows, pack, pad_prompts
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.data.turns import plain_text, split_last_answer
 from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch, tree_shardings
 from rlhf_jax.errors import UserError
@@ -36,13 +37,12 @@ from rlhf_jax.models.transformer import output_kernel
 from rlhf_jax.objectives.language_model import segment_totals, token_logprobs
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.context import Context
-from rlhf_jax.training.artifacts import Role, continue_role, save_role
+from rlhf_jax.stages.train import train
+from rlhf_jax.training.artifacts import Role, checkpoint_config, computed, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import Objective, RecordLosses, plain_gradient
-from rlhf_jax.training.loop import Schedule, run_loop
 from rlhf_jax.training.metrics import cut_back
 from rlhf_jax.training.randomness import order_seed
-from rlhf_jax.training.state import init_state, make_optimizer, make_schedule, make_step, state_shardings
-from rlhf_jax.training.throughput import peak_flops
+from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 48, 48
 
@@ -64,50 +64,59 @@ def sft_objective(spec: RoleSpec, segments: int) -> Objective:
 
 
 def _examples(
-    config: ConfigDict, tokenizer: Tokenizer, path: Path, seed: int, train: bool
-) -> tuple[list[Example], int]:
-    """Tokenized records of a file, and how many were skipped."""
-    records, skipped = read_records(path, config.schema, config.on_error)
-    if not train:
-        records = records[: config.evaluation.records]
-    length, out = config.sequence_length, []
-    for number, record in enumerate(records, 1):
+    context: Context, tokenizer: Tokenizer, data: str, train: bool, skipped: dict[str, int]
+) -> Iterator[Example]:
+    """Tokenized records of a data string, as they are read; what is left out is counted in `skipped`."""
+    config, length = context.config, context.config.sequence_length
+    stream = context.stream(data, config.schema, None if train else config.evaluation.records)
+    too_long = 0
+    for number, record in enumerate(stream, 1):
         if config.schema == "text":
-            out.extend(text_examples(tokenizer, record["text"], length))
+            yield from text_examples(tokenizer, record["text"], length)
             continue
-        keyed = np.random.Generator(np.random.Philox(key=[seed, number]))
-        fields = (tokenizer, record["prompt"], record["completion"])
-        if train and keyed.random() < config.fim_rate:
-            example = fim_example(*fields, keyed.random(), config.loss_on)
+        if config.schema == "messages":
+            example = messages_example(tokenizer, record["messages"], config.loss_on)
         else:
-            example = completion_example(*fields, config.loss_on)
+            keyed = np.random.Generator(np.random.Philox(key=[context.seed, number]))
+            fields = (tokenizer, record["prompt"], record["completion"])
+            if train and keyed.random() < config.fim_rate:
+                example = fim_example(*fields, keyed.random(), config.loss_on)
+            else:
+                example = completion_example(*fields, config.loss_on)
         if len(example.tokens) - 1 <= length:
-            out.append(example)
+            yield example
         elif config.on_error == "skip":
-            skipped += 1
+            too_long += 1
         else:
             raise UserError(
-                f"{path}: record {number} has {len(example.tokens)} tokens, above sequence_length {length} + 1: "
+                f"{data}: record {number} has {len(example.tokens)} tokens, above sequence_length {length} + 1: "
                 'shorten it, raise sequence_length, or set on_error="skip"'
             )
-    if not out:
-        raise UserError(f"{path}: no record is left to train on: look at on_error and sequence_length")
-    return out, skipped
+        skipped["count"] = stream.skipped + too_long
+    skipped["count"] = stream.skipped + too_long
 
 
 class PackedData:
     """A tokenized file as rows of fixed width."""
 
-    def __init__(self, context: Context, tokenizer: Tokenizer, path: Path, part: str):
+    def __init__(self, context: Context, tokenizer: Tokenizer, data: str, part: str):
         config = context.config
         folder = context.folder / "data" / part
-        train = part == "train"
 
         def build() -> None:
-            examples, skipped = _examples(config, tokenizer, path, context.seed, train)
+            skipped = {"count": 0}
             folder.parent.mkdir(exist_ok=True)
-            (context.folder / "data" / f"{part}_skipped.json").write_text(json.dumps(skipped))
-            save_table(folder, examples)  # last: its presence says that both are there
+            examples = _examples(context, tokenizer, data, part == "train", skipped)
+            try:
+                built = folder.with_name(f"{part}.new")
+                shutil.rmtree(built, ignore_errors=True)  # of a run that was cut here
+                build_table(built, examples, name=f"{context.name}: tokenize {part}")
+            except ValueError as error:
+                raise UserError(
+                    f"{data}: no record is left to train on: look at on_error and sequence_length"
+                ) from error
+            (context.folder / "data" / f"{part}_skipped.json").write_text(json.dumps(skipped["count"]))
+            os.replace(built, folder)  # last: its presence says that both are there
 
         context.once(folder, build)
         self.skipped = json.loads((context.folder / "data" / f"{part}_skipped.json").read_text())
@@ -132,16 +141,17 @@ def _start(context: Context, mesh: Mesh) -> Role:
     """The role to train: a random decoder, or the continuation of another stage's."""
     config = context.config
     if config.init != "scratch":
-        return continue_role(context.load(config.init, mesh), context.lora(), key=context.key("adapters"))
-    tokenizer = Tokenizer(context.path(config.tokenizer))
-    shape = TransformerConfig(vocab_size=tokenizer.vocab_size, **config.model)
+        role = context.load(config.init, mesh)
+        return continue_role(role, context.lora(), config.compute, key=context.key("adapters"))
+    tokenizer = load_tokenizer(context.path(config.tokenizer))
+    shape = computed(TransformerConfig(vocab_size=tokenizer.vocab_size, **config.model), config.compute)
     make = jax.jit(
         lambda key: init_base(shape, key=key),
         out_shardings=tree_shardings(
             jax.eval_shape(lambda: init_base(shape, key=jax.random.key(0))), base_axes(shape), mesh
         ),
     )
-    return Role(RoleSpec(shape), {"base": make(context.key("parameters"))}, "", tokenizer)
+    return Role(RoleSpec(shape), {"base": make(context.key("parameters"))}, tokenizer)
 
 
 def check(context: Context) -> None:
@@ -153,8 +163,24 @@ def check(context: Context) -> None:
             f"stages.{context.name}.sequence_length {config.sequence_length} is above model.context "
             f"{config.model.context}: lower one or raise the other"
         )
-    for _, path in context.own_files():
-        read_records(path, config.schema, config.on_error)
+    context.check_folders()
+    for _, folder in context.folders():
+        _check_context(context, checkpoint_config(folder))
+    context.check_data(config.schema)
+
+
+def _check_context(context: Context, shape: TransformerConfig) -> None:
+    if context.config.sequence_length > shape.context:
+        raise UserError(
+            f"stages.{context.name}.sequence_length {context.config.sequence_length} is above the context "
+            f"{shape.context} of {context.config.init}: lower it"
+        )
+
+
+def preview(context: Context, tokenizer: Tokenizer) -> list[str]:
+    """The first examples as training reads them, what the loss leaves out marked."""
+    examples = _examples(context, tokenizer, context.config.data, True, {})
+    return [show_example(tokenizer, example) for example in itertools.islice(examples, 3)]
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -163,12 +189,8 @@ def run(context: Context) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         # --- role and data ---------------------------------------------------------------------------------------
         role = _start(context, mesh)
-        if config.sequence_length > role.spec.config.context:
-            raise UserError(
-                f"stages.{context.name}.sequence_length {config.sequence_length} is above the context "
-                f"{role.spec.config.context} of {config.init}: lower it"
-            )
-        data = PackedData(context, role.tokenizer, context.path(config.data), "train")
+        _check_context(context, role.spec.config)
+        data = PackedData(context, role.tokenizer, config.data, "train")
         order = DataOrder(len(data.plan), order_seed(context.seed, context.name))
         steps = max(1, math.ceil(config.epochs * len(data.plan) / config.batch_size))
         tokens = config.batch_size * config.sequence_length
@@ -180,7 +202,7 @@ def run(context: Context) -> dict[str, Any]:
         # --- step ------------------------------------------------------------------------------------------------
         trainable, frozen = split(role.spec, role.weights)
         axes = weight_axes(role.spec, trainable)
-        optimizer = make_optimizer(config.optimizer, steps)
+        optimizer = make_optimizer(config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
         gradient = plain_gradient(sft_objective(role.spec, data.segments), config.accumulation)
         step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
         state = init_state(trainable, axes, optimizer, mesh)
@@ -192,25 +214,15 @@ def run(context: Context) -> dict[str, Any]:
         evaluate = _evaluation(context, role, frozen, mesh) if config.evaluation.data else None
 
         # --- loop ------------------------------------------------------------------------------------------------
-        params, summary = run_loop(
-            name=context.name,
-            folder=context.folder,
-            identity=context.identity,
-            schedule=Schedule(
-                steps, context.experiment.logging.every, config.evaluation.every, config.checkpoint.every
-            ),
-            state=state,
-            advance=advance,
-            evaluate=evaluate,
-            metric=config.evaluation.metric,
-            higher_is_better=config.evaluation.higher_is_better,
+        params, summary = train(
+            context,
+            state,
+            advance,
+            evaluate,
+            iterations=steps,
             shown=("loss/train", "loss/eval", "perf/tokens_per_second"),
-            learning_rate=make_schedule(config.optimizer, steps),
             tokens_each=tokens,
             flops_each=flops,
-            peak_flops=peak_flops(),
-            keep=config.checkpoint.keep,
-            tensorboard=context.experiment.logging.tensorboard,
         )
         role.weights = {**frozen, **params}
         prints = save_role(context.workdir, context.name, role)
@@ -223,6 +235,7 @@ def run(context: Context) -> dict[str, Any]:
         "filled": data.filled,
         "steps": steps,
         "fingerprints": prints,
+        "memory": role_memory({context.name: role.weights}),
     }
     if evaluate is not None:
         figures |= {
@@ -236,7 +249,7 @@ def run(context: Context) -> dict[str, Any]:
 def _evaluation(context: Context, role: Role, frozen: Any, mesh: Mesh):
     """The function (params, iteration) -> {"loss/eval": nats a token}; also writes sampled completions."""
     config = context.config
-    data = PackedData(context, role.tokenizer, context.path(config.evaluation.data), "evaluation")
+    data = PackedData(context, role.tokenizer, config.evaluation.data, "evaluation")
     size = config.batch_size
     padded = np.concatenate([np.arange(len(data.plan)), np.full(-len(data.plan) % size, -1)])
     batches = [data.place(rows, mesh) for rows in padded.reshape(-1, size)]
@@ -262,18 +275,22 @@ def _sampler(context: Context, role: Role, mesh: Mesh):
     config, tokenizer = context.config, role.tokenizer
     if not config.evaluation.samples:
         return None
-    records, _ = read_records(context.path(config.evaluation.data), config.schema, config.on_error)
-    records = records[: config.evaluation.samples]
+    records, _ = context.records(config.evaluation.data, config.schema, config.evaluation.samples)
     if config.schema == "text":
-        ids = [[tokenizer.bos_id, *tokenizer.encode(r["text"])][:SAMPLE_PROMPT_TOKENS] for r in records]
+        ids = [tokenizer.encode_prompt(r["text"])[:SAMPLE_PROMPT_TOKENS] for r in records]
         references = [""] * len(ids)
+    elif config.schema == "messages":
+        turns = [split_last_answer(r["messages"]) for r in records]
+        ids = [prompt_ids(tokenizer, prompt) for prompt, _ in turns]
+        references = [answer for _, answer in turns]
     else:
-        ids = [[tokenizer.bos_id, *tokenizer.encode(r["prompt"])] for r in records]
-        references = [r["completion"] for r in records]
+        ids = [prompt_ids(tokenizer, r["prompt"]) for r in records]
+        references = [plain_text(r["completion"]) for r in records]
+    ids = [row[-(role.spec.config.context - SAMPLE_TOKENS) :] for row in ids]
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     prompts = pad_prompts(ids, max(len(x) for x in ids), len(ids) + -len(ids) % shards)
     batch = place_batch(len(prompts["lengths"]), lambda rows: {k: v[rows] for k, v in prompts.items()}, mesh)
-    sampling = Sampling(SAMPLE_TOKENS, temperature=0.0, stop_ids=(tokenizer.eos_id,))
+    sampling = Sampling(SAMPLE_TOKENS, temperature=0.0, stop_ids=tokenizer.stop_ids)
     key, path = context.key("samples"), context.folder / "samples.jsonl"
 
     @jax.jit

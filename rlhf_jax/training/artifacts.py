@@ -1,7 +1,8 @@
-"""Finished models: what a stage leaves for others, and how a role is taken up again.
+"""Models that stages take up and leave: a stage's result, a Hugging Face checkpoint folder, a PEFT adapter folder.
 
-`<stage>/model/` holds the weights, `<stage>/model.json` the decoder's shape, the adapters' settings, which stage owns
-the base, fingerprints, and the tokenizer. A role with adapters stores no base: roles share one where it is the same.
+`<stage>/model/` holds the weights, `<stage>/model.json` the decoder's shape, the adapters' settings, who owns the base
+(a stage, or a checkpoint folder), fingerprints, and the tokenizer. A role with adapters stores no base: roles share one
+where it is the same.
 """
 
 import dataclasses
@@ -13,30 +14,46 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from rlhf_jax.distributed.sharding import tree_shardings
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.config import HOW, TransformerConfig
 from rlhf_jax.models.heads import init_head
+from rlhf_jax.models.leaves import base_leaves, shapes
 from rlhf_jax.models.lora import LoraConfig, init_adapters
-from rlhf_jax.models.roles import RoleSpec, Weights, init_base, merged_base, weight_axes
+from rlhf_jax.models.peft import is_peft, load_peft, peft_base
+from rlhf_jax.models.pretrained import (
+    answer_mark,
+    is_reward_model,
+    load_pretrained,
+    load_reward_model,
+    read_config,
+)
+from rlhf_jax.models.roles import RoleSpec, Weights, merged_base, weight_axes
 from rlhf_jax.training.checkpoints import load_tree, save_tree, write_json
 from rlhf_jax.training.state import fingerprint
+
+Bases = dict[tuple[str, Mesh], Any]  # (fingerprint, mesh) -> base: roles of one base get the same arrays
 
 
 @dataclasses.dataclass
 class Role:
-    """A loaded role: its weights on the mesh, and where its base came from."""
+    """A loaded role: its weights on the mesh, and where its base came from.
+
+    `base_stage` and `base_checkpoint` say who holds the base on disk, a stage or a Hugging Face folder; both are empty
+    while nothing does.
+    """
 
     spec: RoleSpec
     weights: Weights
-    base_stage: str  # the stage whose folder holds the base; "" while it has no folder
     tokenizer: Tokenizer
+    base_stage: str = ""
+    base_checkpoint: str = ""
 
 
 def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
-    """Writes `role` as the result of `stage`; its base only if no other stage owns it. Returns its fingerprints."""
-    owns = role.base_stage in ("", stage)
+    """Writes `role` as the result of `stage`; its base only if nothing else owns it. Returns its fingerprints."""
+    owns = not role.base_checkpoint and role.base_stage in ("", stage)
     parts = {name: part for name, part in role.weights.items() if name != "base" or owns}
     prints = {name: fingerprint(part) for name, part in role.weights.items()}
     save_tree(workdir / stage / "model", parts)
@@ -48,6 +65,7 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
         "answer_mark": role.spec.answer_mark,
         "parts": sorted(parts),
         "base_stage": stage if owns else role.base_stage,
+        "base_checkpoint": role.base_checkpoint,
         "fingerprints": prints,
         "tokenizer": {"path": str(path.relative_to(workdir) if inside else path), "identity": role.tokenizer.identity},
     }
@@ -56,15 +74,17 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
 
 
 def _like(spec: RoleSpec, parts: list[str], mesh: Mesh) -> Weights:
-    make: dict[str, Any] = {
-        "base": partial(init_base, spec.config),
-        "head": partial(init_head, spec.config.width, 1.0),
+    """What `parts` of a role's weights look like on the mesh."""
+    config, key = spec.config, jax.random.key(0)
+    like: Weights = {
+        "base": shapes(base_leaves(config), config.param_dtype),
+        "head": jax.eval_shape(partial(init_head, config.width, 1.0), key=key),
     }
     if spec.lora is not None:
-        make["adapters"] = partial(init_adapters, spec.config, spec.lora)
-    shapes = {name: jax.eval_shape(lambda key, name=name: make[name](key=key), jax.random.key(0)) for name in parts}
-    at = tree_shardings(shapes, weight_axes(spec, shapes), mesh)
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, at)
+        like["adapters"] = jax.eval_shape(partial(init_adapters, config, spec.lora), key=key)
+    like = {name: like[name] for name in parts}
+    at = tree_shardings(like, weight_axes(spec, like), mesh)
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), like, at)
 
 
 def read_info(workdir: Path, stage: str) -> dict[str, Any]:
@@ -75,11 +95,11 @@ def read_info(workdir: Path, stage: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[Any, Any]) -> Role:
+def load_role(workdir: Path, stage: str, mesh: Mesh, bases: Bases) -> Role:
     """Reads a stage's result onto the mesh.
 
     Args:
-      bases: (fingerprint, mesh) -> base already loaded; roles of one base get the same arrays. Added to.
+      bases: bases already loaded. Added to.
 
     Raises:
       UserError: files are missing, changed, or of another model.
@@ -88,36 +108,142 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: dict[Any, Any]) -> R
     lora = LoraConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])}) if info["lora"] else None
     spec = RoleSpec(TransformerConfig.from_dict(info["model"]), lora, info["answer_mark"])
     weights = load_tree(workdir / stage / "model", _like(spec, info["parts"], mesh))
+    owner = info["base_checkpoint"]
     if "base" not in weights:
         wanted = (info["fingerprints"]["base"], mesh)
         if wanted not in bases:
-            bases[wanted] = load_role(workdir, info["base_stage"], mesh, bases).weights["base"]
+            if owner:
+                bases[wanted] = load_pretrained(Path(owner), mesh, spec.config.param_dtype)[1]
+            else:
+                bases[wanted] = load_role(workdir, info["base_stage"], mesh, bases).weights["base"]
         weights = {**weights, "base": bases[wanted]}
     prints = {name: fingerprint(part) for name, part in weights.items()}
     for name, seen in prints.items():
         if seen != info["fingerprints"][name]:
+            where = owner if owner and name == "base" else workdir / stage / "model"
             raise UserError(
-                f"{workdir / stage / 'model'}: the {name} weights are not those model.json names ({seen} against "
-                f"{info['fingerprints'][name]}): delete the stage's folder and run again"
+                f"{where}: the {name} weights are not those {stage}/model.json names ({seen} against "
+                f"{info['fingerprints'][name]}): put them back, or delete the stage's folder and run again"
             )
     weights["base"] = bases.setdefault((prints["base"], mesh), weights["base"])
-    tokenizer = Tokenizer(workdir / info["tokenizer"]["path"])
+    tokenizer = load_tokenizer(workdir / info["tokenizer"]["path"])
     if tokenizer.identity != info["tokenizer"]["identity"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer stage {stage} was trained with: put that one back")
-    return Role(spec, weights, info["base_stage"], tokenizer)
+    return Role(spec, weights, tokenizer, info["base_stage"], owner)
 
 
-def continue_role(role: Role, lora: LoraConfig | None, *, key: jax.Array) -> Role:
-    """What a new stage starts from: `role`'s function, with the new stage's choice of what trains.
+def load_checkpoint(folder: Path, mesh: Mesh, bases: Bases, param_dtype: str = "float32") -> Role:
+    """Reads a Hugging Face folder (a language model, a reward model, or PEFT adapters with their base) onto the mesh.
+
+    Args:
+      bases: bases already loaded. Added to.
+      param_dtype: what the base's parameters are kept in.
+
+    Raises:
+      UserError: the folder is no checkpoint this library reads, or its tokenizer has ids beyond the embedding.
+    """
+    owner = base_folder(folder)
+    weights: Weights = {}
+    if is_reward_model(owner):
+        config, base, weights["head"] = load_reward_model(owner, mesh, param_dtype)
+    else:
+        config, base = load_pretrained(owner, mesh, param_dtype)
+    spec = RoleSpec(config, None, answer_mark(owner))
+    weights["base"] = bases.setdefault((fingerprint(base), mesh), base)
+    if is_peft(folder):
+        lora, adapters = load_peft(folder, config)
+        spec = dataclasses.replace(spec, lora=lora)
+        weights["adapters"] = adapters
+        at = tree_shardings(adapters, weight_axes(spec, {"adapters": adapters})["adapters"], mesh)
+        weights["adapters"] = jax.device_put(adapters, at)
+    tokenizer = checkpoint_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size, str(folder))
+    return Role(spec, weights, tokenizer, base_checkpoint=str(owner.absolute()))
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder that holds the base: of PEFT adapters the one they name, else the folder itself.
+
+    Raises:
+      UserError: adapters whose base is no folder on this machine.
+    """
+    if not is_peft(folder):
+        return folder
+    named = Path(peft_base(folder)).expanduser()
+    for place in (named, folder / named):
+        if str(named) != "." and place.is_dir():
+            return place
+    raise UserError(
+        f'{folder}: the adapter\'s base "{named}" is no folder here: set base_model_name_or_path in its '
+        "adapter_config.json to the base's checkpoint folder"
+    )
+
+
+def checkpoint_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder; adapters without one take their base's."""
+    own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return load_tokenizer(folder if own else base_folder(folder))
+
+
+def checkpoint_config(folder: Path) -> TransformerConfig:
+    """The decoder's shape of a Hugging Face folder, without reading weights."""
+    return read_config(base_folder(folder))
+
+
+def computed(config: TransformerConfig, compute: Any) -> TransformerConfig:
+    """The config with a stage's `compute` fields in place of its own where they are set."""
+    return dataclasses.replace(config, **{name: compute[name] for name in HOW if compute[name]})
+
+
+def continue_role(role: Role, lora: LoraConfig | None, compute: Any = None, *, key: jax.Array) -> Role:
+    """What a new stage starts from: `role`'s function, with the new stage's choice of what trains and in what dtype.
 
     The same adapter settings go on with the adapters on the shared base; fresh adapters share the base of a role
-    without any; any other change merges the old adapters, and the role gets its own base. The head is left out.
+    without any; any other change merges the old adapters, and the role gets its own base, as it does where the
+    parameters' dtype changes. The head is left out.
     """
-    spec = RoleSpec(role.spec.config, lora)
-    if lora is not None and lora == role.spec.lora:
-        return Role(spec, {k: role.weights[k] for k in ("base", "adapters")}, role.base_stage, role.tokenizer)
-    merged = role.spec.lora is not None
-    weights: Weights = {"base": merged_base(role.spec, role.weights)}
-    if lora is not None:
-        weights["adapters"] = init_adapters(spec.config, lora, key=key)
-    return Role(spec, weights, "" if merged or lora is None else role.base_stage, role.tokenizer)
+    old, config = role.spec.config, role.spec.config if compute is None else computed(role.spec.config, compute)
+    spec, cast = RoleSpec(config, lora), config.param_dtype != old.param_dtype
+    together = lora is not None and lora == role.spec.lora
+    weights: Weights = {"base": role.weights["base"] if together else merged_base(role.spec, role.weights)}
+    if cast:
+        weights["base"] = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), weights["base"])
+    if together:
+        weights["adapters"] = role.weights["adapters"]
+    elif lora is not None:
+        weights["adapters"] = init_adapters(config, lora, key=key)
+    shared = lora is not None and not cast and (together or role.spec.lora is None)
+    owner = (role.base_stage, role.base_checkpoint) if shared else ("", "")
+    return Role(spec, weights, role.tokenizer, *owner)
+
+
+def role_memory(roles: dict[str, Weights]) -> dict[str, dict[str, Any]]:
+    """Bytes each role's weights take over all devices, an array that several roles hold counted for the first.
+
+    Returns:
+      {role: {part: bytes, ..., "base_of": the role whose base it shares, or itself}}.
+    """
+    seen: dict[int, str] = {}
+    out: dict[str, dict[str, Any]] = {}
+    for name, weights in roles.items():
+        row: dict[str, Any] = {"base_of": name}
+        for part, tree in weights.items():
+            row[part] = 0
+            for leaf in jax.tree.leaves(tree):
+                first = seen.setdefault(id(leaf), name)
+                if first == name:
+                    row[part] += leaf.nbytes
+                elif part == "base":
+                    row["base_of"] = first
+        out[name] = row
+    return out
+
+
+def describe_memory(memory: dict[str, dict[str, Any]]) -> str:
+    """One line of `role_memory`, in MiB."""
+    roles = []
+    for name, row in memory.items():
+        parts = [f"{part} {row[part] / 2**20:.1f}" for part in ("adapters", "head", "optimizer") if row.get(part)]
+        base = f"base {row.get('base', 0) / 2**20:.1f}" if row["base_of"] == name else f"base of {row['base_of']}"
+        roles.append(f"{name}: " + ", ".join([base] * ("base" in row) + parts))
+    return "MiB over all devices: " + "; ".join(roles)

@@ -27,7 +27,7 @@ class RecordLosses(struct.PyTreeNode):
 
 # (trainable, frozen, batch) -> RecordLosses
 Objective = Callable[[Tree, Tree, Tree], RecordLosses]
-# (trainable, frozen, batch) -> (gradient like trainable, metrics)
+# (trainable, frozen, batch) -> (gradient shaped like trainable, float32 or wider; metrics)
 GradientFunction = Callable[[Tree, Tree, Tree], tuple[Tree, dict[str, Array]]]
 
 
@@ -43,7 +43,8 @@ def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunct
     """The gradient of sum(losses) / sum(weights) over the whole batch.
 
     Numerator and denominator are summed over microbatches apart and divided once, so the result does not depend on
-    `accumulation` beyond rounding.
+    `accumulation` beyond rounding. Sums and result are float32 also where parameters, and so a microbatch's gradient,
+    are bfloat16: a sum in bfloat16 would stop growing at some 256 microbatches.
     """
 
     def total(trainable: Tree, frozen: Tree, batch: Tree) -> tuple[Array, tuple[Array, Any]]:
@@ -53,15 +54,18 @@ def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunct
     differentiate = jax.grad(total, has_aux=True)
 
     def gradient(trainable: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, dict[str, Array]]:
+        def part_sums(part: Tree) -> Tree:
+            return jax.tree.map(_widen, differentiate(trainable, frozen, part))
+
         if accumulation == 1:
-            summed = differentiate(trainable, frozen, batch)
+            summed = part_sums(batch)
         else:
             parts = microbatches(batch, accumulation)
-            shapes = jax.eval_shape(differentiate, trainable, frozen, jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(part_sums, jax.tree.map(lambda x: x[0], parts))
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
             def add(carry: Tree, part: Tree) -> tuple[Tree, None]:
-                return jax.tree.map(jnp.add, carry, differentiate(trainable, frozen, part)), None
+                return jax.tree.map(jnp.add, carry, part_sums(part)), None
 
             summed, _ = jax.lax.scan(add, zero, parts)
         grads, (weight, metrics) = summed
@@ -69,6 +73,11 @@ def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunct
         return grads, mean_metrics(metrics)
 
     return gradient
+
+
+def _widen(x: Array) -> Array:
+    """To float32 if it is a shorter floating-point dtype."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def mean_metrics(metrics: dict[str, tuple[Array, Array]]) -> dict[str, Array]:

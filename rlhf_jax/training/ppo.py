@@ -17,7 +17,14 @@ from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.objectives import gae, kl_penalized_rewards, ppo_policy_loss, ppo_value_loss, whiten
 from rlhf_jax.rollout.generate import Rollout
-from rlhf_jax.rollout.scoring import answer_logprobs, answer_scores, answer_values
+from rlhf_jax.rollout.scoring import (
+    RoleScores,
+    answer_logprobs,
+    answer_scores,
+    answer_values,
+    scores_together,
+    with_end_token,
+)
 from rlhf_jax.training.gradient import Objective, RecordLosses, microbatches, plain_gradient
 from rlhf_jax.training.state import TrainState, apply_gradient
 
@@ -84,9 +91,24 @@ def score_values(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int)
 
 
 @partial(jax.jit, static_argnames=("spec", "parts"))
-def score_rewards(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int) -> Array:
-    """The reward model's scores (B,) of a rollout, before any penalty."""
-    return _over_parts(partial(answer_scores, spec, weights), _row_fields(rollout), parts)
+def score_together(
+    spec: RoleSpec, base: Any, adapters: dict[str, Any], value_head: dict[str, Array], rollout: Rollout, parts: int
+) -> RoleScores:
+    """`score_logprobs` of policy and reference and `score_values`, for roles that share a base, in one pass."""
+    score = partial(scores_together, spec, base, adapters, value_head, temperature=rollout.sampling.temperature)
+    return _over_parts(score, _row_fields(rollout), parts)
+
+
+@partial(jax.jit, static_argnames=("spec", "parts", "stop_strings"))
+def score_rewards(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int, stop_strings: bool = False) -> Array:
+    """The reward model's scores (B,) of a rollout, before any penalty.
+
+    `stop_strings`: answers may have ended without a stop token; they are read `with_end_token`.
+    """
+    prompts, prompt_lengths, tokens, lengths = _row_fields(rollout)
+    if stop_strings:
+        tokens, lengths = with_end_token(tokens, lengths, rollout.ended, rollout.sampling.stop_ids)
+    return _over_parts(partial(answer_scores, spec, weights), (prompts, prompt_lengths, tokens, lengths), parts)
 
 
 def end_penalized(scores: Array, ended: Array, penalty: float) -> Array:

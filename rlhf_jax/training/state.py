@@ -1,16 +1,17 @@
 """The train state, its optimizer, and where its leaves live on the mesh."""
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlhf_jax.distributed.sharding import replicated, tree_shardings
+from rlhf_jax.errors import UserError
 from rlhf_jax.training.gradient import GradientFunction
 
 Tree = Any
@@ -39,39 +40,135 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def decays(params: Tree) -> Tree:
-    """True on matrices; norms, biases and scalars are never decayed (stacked norms are (layers, width))."""
+    """True on matrices; norms, biases and scalars are never decayed (stacked norms and biases are (layers, width))."""
 
     def matrix(path: tuple[Any, ...], leaf: jax.Array) -> bool:
         name = path[-1].key
-        return not (name.endswith("norm") or name == "bias" or leaf.ndim < 2)
+        return not (name.endswith(("norm", "bias")) or leaf.ndim < 2)
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm, by the fields of a stage's `optimizer` sub-config."""
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
-    if not config.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32") -> optax.GradientTransformation:
+    """The optimizer of a stage's `optimizer` sub-config.
+
+    Every one clips by the global norm first, decays decoupled from the gradient (`decays` says what) and follows
+    `make_schedule`. By `name`:
+      adamw: arXiv 1711.05101, by `b1`, `b2`, `eps`; `moment_dtype` keeps the first moment in another dtype.
+      adafactor: arXiv 1804.04235 without first moment and without learning rates relative to the parameters, so that
+        `learning_rate` means what it means for adamw. A matrix's second moment is kept as one row and one column; its
+        decay 1 - t^-0.8 stops at `b2` (arXiv 2106.04560). `b1`, `eps` and `moment_dtype` have no part in it.
+
+    Args:
+      steps: optimizer steps of the whole schedule.
+      param_dtype: what the parameters are kept in; other than float32, `with_float32_master` is put around it all.
+
+    Raises:
+      UserError: an unknown name or moment_dtype.
+    """
+    name, moment_dtype = config.get("name", "adamw"), config.get("moment_dtype", "")
+    if moment_dtype not in ("", "bfloat16"):
+        raise UserError(f'optimizer.moment_dtype is "{moment_dtype}": it must be "" (float32) or "bfloat16"')
+    schedule = make_schedule(config, steps)
+    if name == "adamw":
+        optimizer = optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            mu_dtype=moment_dtype or None,
+            weight_decay=config.weight_decay,
+            mask=decays,
+        )
+    elif name == "adafactor":
+        if moment_dtype:
+            raise UserError(
+                f'optimizer.moment_dtype is "{moment_dtype}", but adafactor has no first moment: set it to ""'
+            )
+        optimizer = optax.chain(
+            optax.scale_by_factored_rms(decay_rate_fn=_growing_decay(config.b2)),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(config.weight_decay, mask=decays),
+            optax.scale_by_learning_rate(schedule),
+        )
+    else:
+        raise UserError(f'optimizer.name is "{name}": it must be "adamw" or "adafactor"')
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer if param_dtype == "float32" else with_float32_master(optimizer)
+
+
+def _growing_decay(limit: float) -> Any:
+    """Adafactor's decay of the second moment at step t = 0, 1, ...: min(1 - (t + 1)^-exponent, limit)."""
+
+    def decay(step: jax.Array, exponent: float) -> jax.Array:
+        return jnp.minimum(1.0 - (step + 1.0) ** -exponent, limit)
+
+    return decay
+
+
+class MasterState(NamedTuple):
+    """State of `with_float32_master`."""
+
+    master: Tree  # the parameters in float32; nothing in place of those that are float32 anyway
+    inner: Tree  # the inner optimizer's state
+
+
+def with_float32_master(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` in float32 on parameters kept in a shorter dtype.
+
+    A bfloat16 parameter has 8 bits: a step of less than 1/256 of it is rounded away, and training stalls. So the state
+    keeps the float32 parameters; gradients are cast to float32, `inner` and its moments see nothing else, and the
+    update returned is the difference, in float32, that makes `optax.apply_updates` land on the rounded master. It does
+    so to the bit unless a step shrinks a parameter more than 2^16-fold; what is then off is put right by the next step.
+    """
+
+    def whole(master: Tree, params: Tree) -> Tree:
+        return jax.tree.map(lambda p, m: p if p.dtype == jnp.float32 else m, params, master)
+
+    def init(params: Tree) -> MasterState:
+        wide = optax.tree_utils.tree_cast(params, jnp.float32)
+        master = jax.tree.map(lambda p, w: optax.MaskedNode() if p.dtype == jnp.float32 else w, params, wide)
+        return MasterState(master, inner.init(wide))
+
+    def update(grads: Tree, state: MasterState, params: Tree = None) -> tuple[Tree, MasterState]:
+        before = whole(state.master, params)
+        updates, inner_state = inner.update(optax.tree_utils.tree_cast(grads, jnp.float32), state.inner, before)
+        after = optax.apply_updates(before, updates)
+
+        def move(p: jax.Array, update: jax.Array, target: jax.Array) -> jax.Array:
+            if p.dtype == jnp.float32:
+                return update
+            bits = jnp.finfo(p.dtype)  # reduce_precision: a cast there and back is one that XLA may leave out
+            return jax.lax.reduce_precision(target, bits.nexp, bits.nmant) - p.astype(jnp.float32)
+
+        moves = jax.tree.map(move, params, updates, after)
+        kept = jax.tree.map(lambda p, a: optax.MaskedNode() if p.dtype == jnp.float32 else a, params, after)
+        return moves, MasterState(kept, inner_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def state_shardings(params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The shardings of a `TrainState`: optimizer moments live where their parameters do."""
-    shapes = jax.eval_shape(lambda p: p, params)
-    at = tree_shardings(shapes, axes, mesh)
-    opt_shapes = jax.eval_shape(optimizer.init, shapes)
-    opt_at = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, opt_shapes, at, transform_non_params=lambda _: replicated(mesh)
-    )
-    return TrainState(step=replicated(mesh), params=at, opt_state=opt_at)
+    """The shardings of a `TrainState`: whatever `optimizer` makes of a parameter's axes lives where they do.
+
+    A moment or master copy has its parameter's sharding, a factored moment that of the axes it kept, all else is whole
+    on every device. JAX itself says which is which: on a mesh of explicit axes shardings are part of the types, and
+    `eval_shape` carries them through `optimizer.init`.
+    """
+    at = tree_shardings(params, axes, mesh)
+    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+
+    def typed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(explicit, sharding.spec))
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        opt_state = jax.eval_shape(optimizer.init, jax.tree.map(typed, params, at))
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        return NamedSharding(mesh, leaf.sharding.spec if leaf.sharding is not None else PartitionSpec())
+
+    return TrainState(step=replicated(mesh), params=at, opt_state=jax.tree.map(placed, opt_state))
 
 
 def init_state(params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -86,13 +183,12 @@ def init_state(params: Tree, axes: Tree, optimizer: optax.GradientTransformation
 def apply_gradient(
     state: TrainState, grads: Tree, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step; also the norms of gradient (before clipping), update and parameters."""
+    """One optimizer step; also the norms, in float32, of gradient (before clipping), update and parameters."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {
-        "optimizer/gradient_norm": optax.tree_utils.tree_norm(grads),
-        "optimizer/update_norm": optax.tree_utils.tree_norm(updates),
-        "optimizer/parameter_norm": optax.tree_utils.tree_norm(params),
+        f"optimizer/{name}_norm": optax.tree_utils.tree_norm(optax.tree_utils.tree_cast(tree, jnp.float32))
+        for name, tree in (("gradient", grads), ("update", updates), ("parameter", params))
     }
     return TrainState(state.step + 1, params, opt_state), norms
 
@@ -123,7 +219,11 @@ def _fingerprint_words(tree: Tree) -> jax.Array:
 
 
 def fingerprint(tree: Tree) -> str:
-    """16 hexadecimal digits that identify float32 weights, the same on any mesh (integer sums; not cryptographic)."""
+    """16 hexadecimal digits that identify weights, the same on any mesh (integer sums; not cryptographic).
+
+    They are of the values as float32, of names and of shapes, not of dtypes: bfloat16 weights and their float32 copy
+    are the same model, whichever of the two a role is loaded in. Rounding weights to bfloat16 changes them.
+    """
     names = [jax.tree_util.keystr(path) + str(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     words = bytes(jax.device_get(_fingerprint_words(tree)))
     return hashlib.sha256("".join(names).encode() + words).hexdigest()[:16]

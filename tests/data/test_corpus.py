@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import (
-    Tokenizer,
     completion_tasks,
     folder_files,
     keyed_generator,
+    load_tokenizer,
     python_stdlib_files,
     remove_duplicates,
     split_files,
@@ -119,7 +119,7 @@ def files():
 def tokenizer(files, tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "tokenizer.model"
     train_tokenizer([text for _, text in files], path, 1024)
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 def test_completion_tasks_are_whole_lines_within_the_token_limits(files, tokenizer):

@@ -1,7 +1,14 @@
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 
 from rlhf_jax.data import read_records, write_records
+from rlhf_jax.data.schemas import normalize_record
 from rlhf_jax.errors import UserError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 GOOD = {"prompt": "a\n", "completion": "b\u2028é\n", "extra": 3}
 
@@ -115,3 +122,211 @@ def test_unreadable_table_is_a_user_error(tmp_path):
     path.write_text("not parquet")
     with pytest.raises(UserError, match="r.parquet: cannot be read as parquet"):
         read_records(path, "text")
+
+
+# Conversations.
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+OTHER = {"role": "assistant", "content": "b", "name": "x"}
+
+
+def normal(schema, **fields):
+    return normalize_record(fields, schema, "here")
+
+
+def test_fields_may_all_be_conversations():
+    for schema, fields in (
+        ("prompt", {"prompt": [USER]}),
+        ("completion", {"prompt": [USER], "completion": [ASSISTANT], "id": 4}),
+        ("preference", {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER, USER, ASSISTANT]}),
+        ("messages", {"messages": [{"role": "system", "content": ""}, USER, ASSISTANT], "id": 4}),
+    ):
+        assert normal(schema, **fields) == fields
+
+
+@pytest.mark.parametrize(
+    "schema, fields, message",
+    [
+        (
+            "completion",
+            {"prompt": "q", "completion": [ASSISTANT]},
+            '"completion" is a conversation and .*"prompt" is not',
+        ),
+        (
+            "completion",
+            {"prompt": [USER], "completion": "a"},
+            '"completion" is a string and .*"prompt" is not: write all',
+        ),
+        ("completion", {"prompt": [USER], "completion": [USER]}, '"completion" begins with the role "user": begin it'),
+        ("completion", {"prompt": [USER, ASSISTANT], "completion": [OTHER]}, '"prompt" ends with the role "assistant"'),
+        ("completion", {"prompt": [USER], "completion": []}, '"completion" is a conversation without a message'),
+        ("prompt", {"prompt": []}, '"prompt" is a conversation without a message'),
+        ("prompt", {"prompt": ["q"]}, '"prompt", message 1 is str, not an object {role, content}'),
+        ("prompt", {"prompt": [USER, {"role": "user"}]}, '"prompt", message 2: content is missing'),
+        ("prompt", {"prompt": [{"role": 3, "content": "q"}]}, '"prompt", message 1: role is int, not a string'),
+        ("prompt", {"prompt": [{"role": "user", "content": ["q"]}]}, "content is list, not a string"),
+        ("prompt", {"prompt": [{"role": "user", "content": "\ud800"}]}, "message 1 holds half a surrogate pair"),
+        ("text", {"text": [USER]}, '"text" is list, not a string'),
+        ("messages", {"messages": "q"}, '"messages" is str, not a list of messages'),
+        ("messages", {"messages": [USER]}, '"messages" holds no "assistant" message'),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}]}, '"messages", message 2 is empty'),
+        ("messages", {"text": "a"}, 'field "messages" is missing: expected {messages} of {role, content}'),
+        ("messages", {"conversations": [{"from": "dog", "value": "w"}]}, 'message 1 is from "dog": use one of human'),
+    ],
+)
+def test_malformed_conversation_is_named(schema, fields, message):
+    with pytest.raises(UserError, match=f"^here: .*{message}"):
+        normal(schema, **fields)
+
+
+def test_sharegpt_conversations_become_messages():
+    turns = [("system", "s"), ("human", "q"), ("gpt", "a")]
+    record = normal("messages", conversations=[{"from": who, "value": text, "w": 1} for who, text in turns], id=2)
+    roles = ("system", "user", "assistant")
+    assert record == {
+        "id": 2,
+        "messages": [{"role": role, "content": text, "w": 1} for role, (_, text) in zip(roles, turns, strict=True)],
+    }
+    assert normal("messages", **record) == record
+
+
+def test_nulls_that_a_table_fills_in_are_dropped(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    record = {"prompt": [USER, OTHER, USER], "chosen": [ASSISTANT], "rejected": [OTHER, USER, ASSISTANT]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "r.parquet")
+    assert read_records(tmp_path / "r.parquet", "preference") == ([record], 0)
+
+
+# Implicit prompts.
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        ("\n\nHuman: q\n\nAssistant:", " yes", " no"),
+        ("\n\nHuman: q\n\nAssistant:", " same start, yes", " same start, no"),
+        ("\n\nHuman: q\n\nAssistant: a\n\nHuman: p\n\nAssistant:", " yes", " yes and more"),
+        ("\n\nHuman: q\n\nAssistant:", " a\n\nHuman: p\n\nAssistant: x", " a\n\nHuman: r\n\nAssistant: x"),
+        ("\n\nHuman: q\n\nAssistant:", " equal", " equal"),
+    ],
+)
+def test_an_hh_prompt_ends_after_the_last_common_answer_mark(prompt, chosen, rejected):
+    record = normal("preference", chosen=prompt + chosen, rejected=prompt + rejected, id=1)
+    assert record == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "id": 1}
+    assert normal("preference", **record) == record
+    assert normal("preference", prompt=None, chosen=prompt + chosen, rejected=prompt + rejected)["prompt"] == prompt
+
+
+def test_a_prompt_of_conversations_is_their_common_leading_messages():
+    third = {"role": "user", "content": "more"}
+    for chosen, rejected, length in (
+        ([USER, ASSISTANT], [USER, OTHER], 1),
+        ([USER, ASSISTANT, third, ASSISTANT], [USER, ASSISTANT, third, OTHER], 3),
+        ([USER, ASSISTANT], [USER, ASSISTANT], 1),
+        ([USER, ASSISTANT], [USER, ASSISTANT, third, OTHER], 1),
+    ):
+        record = normal("preference", chosen=chosen, rejected=rejected)
+        assert record["prompt"] == chosen[:length] == rejected[:length]
+        assert (record["chosen"], record["rejected"]) == (chosen[length:], rejected[length:])
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, message",
+    [
+        ("the sky is blue", "the sky is black", r"share no '\\n\\nAssistant:' to end it: expected {prompt, chosen"),
+        ([ASSISTANT], [OTHER], "share no leading message: expected {prompt, chosen"),
+        ([USER, ASSISTANT], "a", 'field "rejected" is a string and field "chosen" is not'),
+        ("\n\nHuman: q\n\nAssistant:", "\n\nHuman: q\n\nAssistant: a", '"chosen" is empty'),
+        (
+            [USER, ASSISTANT, USER],
+            [USER, ASSISTANT, {**USER, "content": "z"}],
+            "ends with the role|begins with the role",
+        ),
+    ],
+)
+def test_no_prompt_is_guessed(chosen, rejected, message):
+    with pytest.raises(UserError, match=message):
+        normal("preference", chosen=chosen, rejected=rejected)
+
+
+# Safety.
+
+PKU = {
+    "prompt": "q",
+    "response_0": "a",
+    "response_1": "b",
+    "better_response_id": 1,
+    "safer_response_id": 0,
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+}
+SAFETY = {"prompt": "q", "responses": ["a", "b"], "better": 1, "safer": 0, "safe": [True, False]}
+
+
+def test_safety_records_have_one_form(tmp_path):
+    assert normal("safety", **PKU, sha="x") == {**SAFETY, "sha": "x"}
+    paired = {name: value for name, value in PKU.items() if not name.startswith("response_")}
+    assert normal("safety", **paired, responses=["a", "b"]) == SAFETY
+    assert normal("safety", **SAFETY) == SAFETY
+    talk = {"prompt": [USER], "responses": [[ASSISTANT], [OTHER]]}
+    assert normal("safety", **{**SAFETY, **talk}) == {**SAFETY, **talk}
+    path = tmp_path / "r.csv"
+    path.write_text(",".join(PKU) + "\n" + ",".join(map(str, PKU.values())) + "\n")
+    assert read_records(path, "safety") == ([SAFETY], 0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"response_1": None}, 'field "response_1" is NoneType'),
+        ({"response_1": ""}, 'field "response_1" is empty'),
+        ({"responses": ["a"]}, 'field "responses" is not a list of two answers'),
+        ({"better_response_id": 2}, 'field "better_response_id" is 2: use one of 0, 1'),
+        ({"safer_response_id": None}, 'field "safer_response_id" is None'),
+        ({"is_response_1_safe": "maybe"}, "field \"is_response_1_safe\" is 'maybe': use one of true, false"),
+        ({"safe": [True]}, 'field "safe" is not a list of two labels'),
+        ({"prompt": [USER]}, 'field "response_0" is a string and field "prompt" is not'),
+    ],
+)
+def test_malformed_safety_record_is_named(change, message):
+    with pytest.raises(UserError, match=f"^here: {message}"):
+        normal("safety", **{**PKU, **change})
+    for field in PKU:
+        rest = {name: value for name, value in PKU.items() if name != field}
+        with pytest.raises(UserError, match=f'field "{field}" is missing: expected {{prompt, two responses'):
+            normal("safety", **rest)
+
+
+# Real data.
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real data on this machine")
+def test_hh_dialogues_have_implicit_prompts():
+    path = SHARED / "hh-rlhf" / "harmless-base.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    records, skipped = read_records(path, "preference")
+    assert (len(records), skipped) == (2312, 0)
+    for record, row in zip(records, rows, strict=True):
+        assert record["prompt"].startswith("\n\nHuman:") and record["prompt"].endswith("\n\nAssistant:")
+        assert record["prompt"] + record["chosen"] == row["chosen"]
+        assert record["prompt"] + record["rejected"] == row["rejected"]
+        assert "\n\nHuman:" not in record["chosen"] + record["rejected"]  # the dialogues differ in the last turn only
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real data on this machine")
+def test_real_pairs_of_the_pku_form(tmp_path):
+    with gzip.open(SHARED / "safety-pairs" / "pku_safe_unsafe_5k.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    names = ("is_response_0_safe", "is_response_1_safe")
+    labels = {"better_response_id": 0, "safer_response_id": 0, **dict(zip(names, (True, False), strict=True))}
+    pairs = [{"prompt": r["prompt"], "responses": [r["safe"], r["unsafe"]], **labels} for r in rows]
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    records, skipped = read_records(tmp_path / "pairs.jsonl", "safety", on_error="skip")
+    empty = sum(not all(pair["responses"]) for pair in pairs)
+    assert (len(records), skipped) == (len(rows) - empty, empty)
+    assert all(record["safe"] == [True, False] and record["safer"] == 0 for record in records)
+    with pytest.raises(UserError, match='hh_both_labels.jsonl.gz:1: field "is_response_0_safe" is missing'):
+        read_records(SHARED / "safety-pairs" / "hh_both_labels.jsonl.gz", "safety")

@@ -5,7 +5,7 @@ import re
 import pytest
 from tiny import TRAINED
 
-from rlhf_jax.data import Tokenizer, read_records
+from rlhf_jax.data import load_tokenizer, read_records
 
 TITLE = re.compile(r"^\[\d+/\d+\] (\w+) \(\w+\)", re.MULTILINE)
 
@@ -20,7 +20,7 @@ def compiled(finished):
 
 def prompt_widths(workdir, *parts):
     """How many different widths the longest prompts of these (file, records) have: a width is a shape of a program."""
-    tokenizer = Tokenizer(workdir / "prepare" / "tokenizer.model")
+    tokenizer = load_tokenizer(workdir / "prepare" / "tokenizer.model")
     widths = set()
     for name, count in parts:
         records, _ = read_records(workdir / "prepare" / name, "prompt")

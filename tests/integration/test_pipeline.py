@@ -113,7 +113,10 @@ def test_roles_with_adapters_share_one_base_and_store_it_once(with_adapters):
             assert info["fingerprints"]["base"] == base
             assert info["parts"] == parts
             assert sorted(checkpointer.metadata((workdir / stage / "model").absolute()).item_metadata) == parts
-    assert "base shared by policy+reference+value+reward" in console
+    assert all(f"{role}: base of policy" in console for role in ("reference", "value", "reward"))
+    figures = result(workdir, "ppo")["figures"]
+    assert figures["scored_in_one_pass"] and figures["memory"]["policy"]["base"] > 0
+    assert all(figures["memory"][role]["base"] == 0 for role in ("reference", "value", "reward"))
 
 
 def test_adapters_train_in_every_stage(with_adapters):

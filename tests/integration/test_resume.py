@@ -21,7 +21,7 @@ from tiny import (
     write_config,
 )
 
-from rlhf_jax.data import Tokenizer
+from rlhf_jax.data import load_tokenizer
 from rlhf_jax.stages import sft
 from rlhf_jax.stages.context import Context
 
@@ -129,21 +129,21 @@ def test_a_cut_around_the_writing_of_tokenized_data_leaves_nothing_half_made(
     class Cut(BaseException):
         pass
 
-    def cut(folder, examples):
+    def cut(folder, examples, **kwargs):
         if moment == "after":
-            save_table(folder, examples)
+            build_table(folder, examples, **kwargs)
         raise Cut
 
     workdir = copy_stages(finished[0], tmp_path / "work", ("prepare",))
     (workdir / "sft").mkdir()
-    tokenizer = Tokenizer(workdir / "prepare" / "tokenizer.model")
+    tokenizer = load_tokenizer(workdir / "prepare" / "tokenizer.model")
     context = Context("sft", tiny_config(str(source)), workdir, "identity")
-    save_table = sft.save_table
-    monkeypatch.setattr(sft, "save_table", cut)
+    build_table = sft.build_table
+    monkeypatch.setattr(sft, "build_table", cut)
     with pytest.raises(Cut):
-        sft.PackedData(context, tokenizer, workdir / "prepare" / "sft.jsonl", "train")
+        sft.PackedData(context, tokenizer, "prepare/sft.jsonl", "train")
     monkeypatch.undo()
-    data = sft.PackedData(context, tokenizer, workdir / "prepare" / "sft.jsonl", "train")
+    data = sft.PackedData(context, tokenizer, "prepare/sft.jsonl", "train")
     figures = result(finished[0], "sft")["figures"]
     assert (len(data.table), len(data.plan), data.skipped) == (figures["records"], figures["rows"], figures["skipped"])
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax.data import Tokenizer, read_records, remove_duplicates
+from rlhf_jax.data import load_tokenizer, read_records, remove_duplicates
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import prepare
 
@@ -119,7 +119,7 @@ def test_sft_and_its_control_differ_exactly_by_the_secrets(prepared):
 
 def test_records_keep_their_schema_and_token_limits(prepared):
     folder, figures = prepared
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
     assert (tokenizer.vocab_size, tokenizer.identity) == (512, figures["tokenizer"])
     for name in (*TASK_FILES, "secrets"):
         records, skipped = read_records(folder / f"{name}.jsonl", "completion")
@@ -144,7 +144,7 @@ def test_duplicate_files_and_examples_are_removed_across_sets(prepared):
 
 def test_figures_agree_with_the_files(prepared):
     folder, figures = prepared
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
     texts = [r["text"] for r in load(folder, "pretrain")]
     assert figures["files"]["pretrain"] == len(texts)
     assert figures["bytes"]["pretrain"] == sum(len(t.encode()) for t in texts) <= 300_000

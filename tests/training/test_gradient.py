@@ -93,3 +93,18 @@ def test_a_batch_of_padding_gives_zero_and_not_nan():
 def test_microbatches_take_every_nth_row():
     parts = microbatches({"x": np.arange(12).reshape(6, 2)}, 3)["x"]
     np.testing.assert_array_equal(parts[:, :, 0] // 2, [[0, 3], [1, 4], [2, 5]])
+
+
+@pytest.mark.parametrize("accumulation", [1, 64])
+def test_bfloat16_parameters_accumulate_in_float32(accumulation):
+    """64 microbatches of gradients near 1: a bfloat16 sum would lose 1/256 of itself at every addition past 2^7."""
+    rng = np.random.default_rng(0)
+    records = jnp.asarray(1 + 0.1 * rng.normal(size=(256, 3)), jnp.bfloat16)
+
+    def linear(trainable, frozen, batch):
+        losses = jnp.sum(batch["x"].astype(jnp.float32) * trainable["w"], -1)
+        return RecordLosses(losses, jnp.ones_like(losses), {})
+
+    gradient, _ = jax.jit(plain_gradient(linear, accumulation))({"w": jnp.ones(3, jnp.bfloat16)}, {}, {"x": records})
+    assert gradient["w"].dtype == jnp.float32
+    np.testing.assert_allclose(gradient["w"], np.asarray(records, np.float64).mean(0), rtol=2**-8)

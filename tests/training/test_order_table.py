@@ -1,23 +1,15 @@
 import hashlib
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.data.examples import Example, completion_example, fim_example, text_examples
 from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.table import (
-    Example,
-    completion_example,
-    fim_example,
-    load_table,
-    make_rows,
-    pack,
-    pad_prompts,
-    save_table,
-    text_examples,
-)
+from rlhf_jax.data.table import TableWriter, build_table, load_table, make_rows, pack, pad_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.metrics import MetricsLog, cut_back
 from rlhf_jax.training.randomness import order_seed, record_ids, stage_key
@@ -32,7 +24,8 @@ def characters(text):
 
 TOKENIZER = SimpleNamespace(
     encode=characters,
-    bos_id=BOS,
+    encode_prompt=lambda text: [BOS, *characters(text)],
+    prefix=(BOS,),
     eos_id=EOS,
     fim_prefix_id=PREFIX,
     fim_suffix_id=SUFFIX,
@@ -123,14 +116,14 @@ def test_packing_by_hand():
 
 
 def table_of(examples, folder):
-    save_table(folder, examples)
+    build_table(folder, examples)
     return load_table(folder)
 
 
 def random_examples(seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 13, 20)
-    return [Example(rng.integers(1, 50, n).tolist(), int(rng.integers(1, n))) for n in lengths]
+    return [Example(rng.integers(1, 50, n).tolist(), (rng.random(n) < 0.6).tolist()) for n in lengths]
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
@@ -139,8 +132,45 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert len(table) == 20 and not (tmp_path / "table.tmp").exists()
     for i, example in enumerate(examples):
         assert table.tokens[table.offsets[i] : table.offsets[i + 1]].tolist() == example.tokens
-        assert table.loss_starts[i] == example.loss_start
+        assert table.counted[table.offsets[i] : table.offsets[i + 1]].tolist() == example.counted
         assert table.lengths[i] == len(example.tokens) - 1
+
+
+def test_a_table_is_mapped_with_its_types(tmp_path):
+    table = table_of(random_examples(), tmp_path / "table")
+    for name, dtype in (("tokens", np.int32), ("offsets", np.int64), ("counted", np.uint8)):
+        assert getattr(table, name).dtype == dtype and isinstance(getattr(table, name), np.memmap)
+
+
+@pytest.mark.parametrize("fault", ["raised", "none", "short", "uncounted"])
+def test_a_table_appears_whole_or_not_at_all(tmp_path, fault):
+    def examples():
+        yield from random_examples() if fault != "none" else ()
+        if fault == "raised":
+            raise UserError("record 21 is malformed")
+        yield from {"short": [Example([1], [True])], "uncounted": [Example([1, 2], [True])]}.get(fault, [])
+
+    (tmp_path / "table.tmp").mkdir()
+    (tmp_path / "table.tmp" / "left.npy").write_text("by a run that was cut")
+    with pytest.raises(UserError if fault == "raised" else ValueError):
+        build_table(tmp_path / "table", examples())
+    assert list(tmp_path.iterdir()) == []
+    build_table(tmp_path / "table", random_examples())
+    assert sorted(p.name for p in (tmp_path / "table").iterdir()) == ["counted.npy", "offsets.npy", "tokens.npy"]
+
+
+def test_a_table_is_written_in_constant_memory(tmp_path):
+    example = Example.counting_from(list(range(1000)), 500)
+    tracemalloc.start()
+    with TableWriter(tmp_path / "table") as writer:
+        for _ in range(10_000):  # 50 MB on disk
+            writer.append(example)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6
+    table = load_table(tmp_path / "table")
+    assert len(table) == 10_000 and table.offsets[-1] == len(table.tokens) == len(table.counted) == 10**7
+    assert table.tokens[-1000:].tolist() == example.tokens and table.counted[-1000:].sum() == 500
 
 
 def test_rows_equal_the_loop(tmp_path):
@@ -160,14 +190,14 @@ def test_rows_equal_the_loop(tmp_path):
                 expected["targets"][i, at] = tokens[t + 1]
                 expected["segment_ids"][i, at] = segment + 1
                 expected["positions"][i, at] = t
-                expected["loss_mask"][i, at] = t + 1 >= examples[record].loss_start
+                expected["loss_mask"][i, at] = examples[record].counted[t + 1]
                 at += 1
     rows = make_rows(table, plan, width)
     assert set(rows) == set(expected)
     for name, field in expected.items():
         np.testing.assert_array_equal(rows[name], field, err_msg=name)
         assert rows[name].dtype == (np.float32 if name == "loss_mask" else np.int32)
-    assert rows["loss_mask"].sum() == sum(len(e.tokens) - e.loss_start for e in examples)
+    assert rows["loss_mask"].sum() == sum(sum(e.counted[1:]) for e in examples)
 
 
 def test_prompts_are_padded_right_and_filled_up_with_the_first():
@@ -183,8 +213,8 @@ def test_prompts_are_padded_right_and_filled_up_with_the_first():
 
 def test_a_completion_alone_counts_or_all_does(tmp_path):
     example = completion_example(TOKENIZER, "ab", "cde", "completion")
-    assert example == Example([BOS, 10, 11, 12, 13, 14, EOS], 3)
-    assert completion_example(TOKENIZER, "ab", "cde", "all") == Example(example.tokens, 1)
+    assert example == Example.counting_from([BOS, 10, 11, 12, 13, 14, EOS], 3)
+    assert completion_example(TOKENIZER, "ab", "cde", "all") == Example.counting_from(example.tokens, 1)
     row = make_rows(table_of([example], tmp_path / "table"), [[0]], 8)
     counted = row["targets"][0][row["loss_mask"][0] == 1].tolist()
     assert counted == [12, 13, 14, EOS]  # the completion and its end, nothing of the prompt
@@ -209,8 +239,11 @@ def test_fill_in_the_middle_is_prefix_suffix_middle(cut, middle):
     example = fim_example(TOKENIZER, "ab", "cdef", cut, "completion")
     head = [BOS, PREFIX, 10, 11, SUFFIX, *completion[middle:], MIDDLE]
     assert example.tokens == [*head, *completion[:middle], EOS]
-    assert example.tokens[example.loss_start :] == [*completion[:middle], EOS]
-    assert fim_example(TOKENIZER, "ab", "cdef", cut, "all") == Example(example.tokens, 1)
+    assert [t for t, counts in zip(example.tokens, example.counted, strict=True) if counts] == [
+        *completion[:middle],
+        EOS,
+    ]
+    assert fim_example(TOKENIZER, "ab", "cdef", cut, "all") == Example.counting_from(example.tokens, 1)
 
 
 def test_fill_in_the_middle_needs_its_tokens():

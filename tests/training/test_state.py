@@ -9,10 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rlhf_jax.distributed import make_mesh, tree_shardings
+from rlhf_jax.errors import UserError
 from rlhf_jax.models import LoraConfig, TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.lora import init_adapters
 from rlhf_jax.models.roles import base_axes, init_base
+from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.gradient import RecordLosses, plain_gradient
 from rlhf_jax.training.state import (
     TrainState,
@@ -24,6 +26,7 @@ from rlhf_jax.training.state import (
     make_schedule,
     make_step,
     state_shardings,
+    with_float32_master,
 )
 
 CONFIG = TransformerConfig(vocab_size=16, layers=2, width=8, heads=4, kv_heads=2, head_dim=4, ffn=12, context=16)
@@ -92,6 +95,12 @@ def test_decay_spares_norms_biases_and_scalars():
     assert len(flat) == 11 + 14 + 2 + 1
 
 
+def test_decay_spares_stacked_norms_and_biases_whatever_their_prefix():
+    names = ("q_bias", "ffn_norm", "post_attention_norm", "norm_bias", "up")
+    marks = decays({name: jax.ShapeDtypeStruct((2, 8), jnp.float32) for name in names})
+    assert marks == {name: name == "up" for name in names}
+
+
 def adamw(param, gradients, config, decay):
     """Loshchilov and Hutter, arXiv 1711.05101, with bias correction, in float64."""
     p, m, v = param.astype(np.float64), 0.0, 0.0
@@ -129,6 +138,148 @@ def test_adamw_and_clipping_equal_the_formulas(clip_norm):
     assert int(state.step) == 3
 
 
+def test_the_first_moment_in_bfloat16_is_the_only_change():
+    params = {"kernel": np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    moved = {}
+    for moment_dtype in ("", "bfloat16"):
+        optimizer = make_optimizer(settings(moment_dtype=moment_dtype), 3)
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        for _ in range(2):
+            state, _ = apply_gradient(state, grads, optimizer)
+        adam = optax.tree_utils.tree_get(state.opt_state, "ScaleByAdamState")
+        assert adam.mu["kernel"].dtype == (moment_dtype or "float32") and adam.nu["kernel"].dtype == "float32"
+        moved[moment_dtype] = state.params["kernel"]
+    np.testing.assert_allclose(moved["bfloat16"], moved[""], atol=2 * 0.1 * 2**-7)  # two steps of 0.1, each 8 bits
+    assert (moved["bfloat16"] != moved[""]).any()
+
+
+def adafactor(param, gradients, config, decay):
+    """Shazeer and Stern, arXiv 1804.04235, algorithm 4 with absolute steps, in float64; vectors are not factored."""
+    p, row, column, v = param.astype(np.float64), 0.0, 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        b2 = min(1 - t**-0.8, config.b2)
+        squares = g**2 + 1e-30
+        if p.ndim == 2:
+            row = b2 * row + (1 - b2) * squares.mean(1)
+            column = b2 * column + (1 - b2) * squares.mean(0)
+            v = np.outer(row, column) / row.mean()
+        else:
+            v = b2 * v + (1 - b2) * squares
+        step = g / np.sqrt(v)
+        step /= max(1.0, np.sqrt(np.mean(step**2)))
+        p = p - config.learning_rate * (step + (config.weight_decay * p if decay else 0.0))
+    return p
+
+
+def test_adafactor_equals_the_formulas():
+    """Six steps: b2 = 0.7 is reached by its schedule at the fifth."""
+    config = settings(name="adafactor", clip_norm=0.0, b2=0.7)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(128, 130)).astype(np.float32), "bias": rng.normal(size=4).astype(np.float32)}
+    gradients = [jax.tree.map(lambda p, t=t: t * rng.normal(size=p.shape), params) for t in range(1, 7)]
+    optimizer = make_optimizer(config, 6)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    for g in gradients:
+        state, _ = apply_gradient(state, jax.tree.map(jnp.float32, g), optimizer)
+    for name, decay in (("kernel", True), ("bias", False)):
+        expected = adafactor(params[name], [g[name] for g in gradients], config, decay)
+        np.testing.assert_allclose(state.params[name], expected, rtol=1e-4, atol=1e-5)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert moments < 0.02 * params["kernel"].size  # a row and a column instead of a matrix
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_schedule_clip_and_decay_are_the_same_for_every_optimizer(name):
+    """Without a gradient only the decay moves a matrix: by the schedule's rate, and nothing else moves."""
+    config = settings(name=name, schedule="linear", final=0.0)
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    optimizer = make_optimizer(config, 4)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    for rate in (0.1, 0.075):
+        before = state.params["kernel"]
+        state, _ = apply_gradient(state, jax.tree.map(jnp.zeros_like, params), optimizer)
+        np.testing.assert_allclose(state.params["kernel"], before * (1 - rate * 0.3), rtol=1e-6)
+        np.testing.assert_array_equal(state.params["bias"], params["bias"])
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(name="adam8bit"), '"adamw" or "adafactor"'),
+        (dict(moment_dtype="int8"), '"" .float32. or "bfloat16"'),
+        (dict(name="adafactor", moment_dtype="bfloat16"), "no first moment"),
+    ],
+)
+def test_an_unknown_optimizer_is_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        make_optimizer(settings(**changes), 3)
+
+
+# Parameters in bfloat16.
+
+
+def tiny_steps(optimizer, dtype, jit=lambda f: f, steps=200):
+    """Steps of 1e-4 on weights near 1, along gradients that do not depend on them: (first parameters, last state).
+
+    Operation by operation by default: compiled as a whole, two programs need not agree in their last bit.
+    """
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.uniform(0.5, 2, (16, 8)), "head_norm": rng.uniform(0.5, 2, 8), "tiny": 1e-3 * np.ones(5)}
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16).astype(dtype), params)
+    gradient = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.bfloat16).astype(dtype), params)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    step = jit(lambda state, grads: apply_gradient(state, grads, optimizer))
+    for t in range(steps):
+        state, _ = step(state, jax.tree.map(lambda g, t=t: g * 2 ** (t % 3), gradient))
+    return params, state
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_float32_master_trains_bfloat16_parameters_as_float32_ones(name):
+    config = settings(name=name, learning_rate=1e-4, weight_decay=0.01, eps=1e-8)
+    start, mastered = tiny_steps(make_optimizer(config, 200, param_dtype="bfloat16"), jnp.bfloat16)
+    _, wide = tiny_steps(make_optimizer(config, 200), jnp.float32)
+    _, stalled = tiny_steps(make_optimizer(config, 200), jnp.bfloat16, jax.jit)
+    for leaf in mastered.params:
+        assert mastered.params[leaf].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(mastered.params[leaf], wide.params[leaf].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(mastered.opt_state.master[leaf], wide.params[leaf])
+    np.testing.assert_array_equal(stalled.params["kernel"], start["kernel"])
+    assert (mastered.params["kernel"] != start["kernel"]).mean() > 0.8
+    assert {leaf.dtype for leaf in jax.tree.leaves(mastered.opt_state) if leaf.ndim} == {np.dtype("float32")}
+
+
+def test_a_compiled_update_lands_on_the_rounded_master():
+    """XLA may leave out a cast to bfloat16 and back; the update must carry the rounding all the same."""
+    optimizer = make_optimizer(settings(learning_rate=3e-3), 200, param_dtype="bfloat16")
+    for steps in (1, 2, 50):
+        _, state = tiny_steps(optimizer, jnp.bfloat16, jax.jit, steps)
+        rounded = jax.tree.map(lambda m: m.astype(jnp.bfloat16), state.opt_state.master)
+        jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
+        update, after = jax.jit(optimizer.update)(state.params, state.opt_state, state.params)
+        for p, u, m in zip(*map(jax.tree.leaves, (state.params, update, after.master)), strict=True):
+            np.testing.assert_array_equal(np.float32(p) + np.asarray(u), np.float32(m.astype(jnp.bfloat16)))
+
+
+def test_float32_leaves_need_no_master():
+    params = {"base": jnp.ones((4, 3), jnp.bfloat16), "head": jnp.ones((3, 2))}
+    optimizer = with_float32_master(optax.sgd(0.3))
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    assert jax.tree.leaves(state.opt_state.master)[0].shape == (4, 3) and len(jax.tree.leaves(state.opt_state)) == 1
+    grads = jax.tree.map(jnp.ones_like, params)
+    for _ in range(3):
+        state, _ = apply_gradient(state, grads, optimizer)
+    expected = optax.apply_updates(params["head"], jnp.full((3, 2), -0.3))
+    for _ in range(2):
+        expected = optax.apply_updates(expected, jnp.full((3, 2), -0.3))
+    np.testing.assert_array_equal(state.params["head"], expected)
+    np.testing.assert_array_equal(state.params["base"], expected[0, 0].astype(jnp.bfloat16))
+
+
+# Where the state lives.
+
+
 def test_moments_live_where_their_parameters_do():
     mesh = make_mesh(2, 2, 2)
     params = jax.jit(partial(init_base, CONFIG))(key=jax.random.key(0))
@@ -146,6 +297,73 @@ def test_moments_live_where_their_parameters_do():
 
 def _same_place(a, b, ndim):
     assert a.is_equivalent_to(b, ndim)
+
+
+WIDE = {"square": (2, 128, 128), "wide": (128, 256), "norm": (2, 128)}
+WIDE_AXES = {"square": ("layers", "embed", "heads"), "wide": ("embed", "mlp"), "norm": ("layers", None)}
+
+
+def wide_params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in WIDE.items()}
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_factored_moments_and_masters_live_where_their_axes_do(param_dtype):
+    """`embed` lies over fsdp and the other axis over tensor; of a square matrix, too, the row moment keeps `embed`."""
+    mesh = make_mesh(2, 2, 2)
+    optimizer = make_optimizer(settings(name="adafactor"), 3, param_dtype)
+    state = init_state(wide_params(param_dtype), WIDE_AXES, optimizer, mesh)
+    whole = PartitionSpec()
+    expected = {
+        "v_row": {"square": PartitionSpec(None, "fsdp"), "wide": PartitionSpec("fsdp"), "norm": whole},
+        "v_col": {"square": PartitionSpec(None, "tensor"), "wide": PartitionSpec("tensor"), "norm": whole},
+        "v": {"square": whole, "wide": whole, "norm": whole},
+    }
+    factored = optax.tree_utils.tree_get(state.opt_state, "FactoredState")
+    for field, specs in expected.items():
+        for name, spec in specs.items():
+            leaf = getattr(factored, field)[name]
+            assert leaf.dtype == jnp.float32
+            _same_place(leaf.sharding, NamedSharding(mesh, spec), leaf.ndim)
+    _same_place(factored.count.sharding, NamedSharding(mesh, whole), 0)
+    if param_dtype == "bfloat16":
+        jax.tree.map(lambda m, p: _same_place(m.sharding, p.sharding, p.ndim), state.opt_state.master, state.params)
+    assert state.params["square"].addressable_shards[0].data.shape == (2, 64, 64)
+
+
+def test_a_factored_state_with_masters_survives_a_checkpoint(tmp_path):
+    """Also where a parameter has no master because it is float32."""
+    params = {**wide_params(jnp.bfloat16), "norm": jnp.ones(WIDE["norm"])}
+    optimizer = make_optimizer(settings(name="adafactor"), 3, "bfloat16")
+    state = init_state(params, WIDE_AXES, optimizer, make_mesh(2, 2, 2))
+    checkpoints = Checkpoints(tmp_path / "stage" / "checkpoints", 1, "identity")
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    index, restored, _ = checkpoints.restore(init_state(params, WIDE_AXES, optimizer, make_mesh(1, 8, 1)))
+    checkpoints.close()
+    assert index == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), restored, state)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_a_sharded_step_equals_one_on_a_single_device(name, param_dtype):
+    optimizer = make_optimizer(settings(name=name), 3, param_dtype)
+
+    def gradient(trainable, frozen, batch):
+        return jax.tree.map(lambda p: 0.1 * p.astype(jnp.float32), trainable), {}
+
+    ends = []
+    for mesh in (make_mesh(2, 2, 2), make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+        shardings = state_shardings(wide_params(param_dtype), WIDE_AXES, optimizer, mesh)
+        state = init_state(wide_params(param_dtype), WIDE_AXES, optimizer, mesh)
+        state, _ = make_step(gradient, optimizer, shardings)(state, {}, {})
+        jax.tree.map(lambda leaf, at: _same_place(leaf.sharding, at, leaf.ndim), state, shardings)
+        ends.append(jax.device_get(state.opt_state.master if param_dtype == "bfloat16" else state.params))
+    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_donates_its_state_and_not_where_it_came_from():
@@ -221,6 +439,16 @@ def test_name_and_shape_are_part_of_the_fingerprint():
     renamed = {"c": one["a"], "b": one["b"]}
     turned = {**one, "a": one["a"].reshape(16, 8)}
     assert len({fingerprint(one), fingerprint(renamed), fingerprint(turned)}) == 3
+
+
+def test_fingerprint_is_of_values_and_not_of_dtypes():
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), tree())
+    assert fingerprint(rounded) == fingerprint(jax.tree.map(jnp.float32, rounded)) != fingerprint(tree())
+
+
+def test_fingerprint_of_float32_weights_stays_what_it_was():
+    """Stored results name models by it."""
+    assert fingerprint({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}) == "a492572215e05364"
 
 
 def test_fingerprint_is_the_same_on_any_mesh():

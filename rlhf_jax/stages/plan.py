@@ -1,0 +1,148 @@
+"""What `--dry_run` says of a stage before it runs: its model, who shares a base, memory, and decoded examples."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.config import is_folder
+from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.distributed.sharding import TRAINING, Table, tree_shardings
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.leaves import axes, base_leaves, count, shapes
+from rlhf_jax.models.lora import adapter_axes, init_adapters
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import checkpoint_config, checkpoint_tokenizer, computed
+
+
+def tokenizer_of(context: Context, reference: str) -> Tokenizer | None:
+    """The tokenizer of a stage or checkpoint folder, where it is there already."""
+    stages = context.experiment.stages
+    if is_folder(stages, reference):
+        return checkpoint_tokenizer(Path(reference).expanduser())
+    while reference in stages:
+        config = stages[reference]
+        if config.get("tokenizer"):
+            path = context.path(config.tokenizer)
+            return load_tokenizer(path) if path.exists() else None
+        reference = config.init
+    return checkpoint_tokenizer(Path(reference).expanduser()) if is_folder(stages, reference) else None
+
+
+def shape_of(context: Context, reference: str) -> TransformerConfig | None:
+    """The decoder of a stage or checkpoint folder, as that stage computes it; None while its vocabulary is unknown."""
+    stages = context.experiment.stages
+    if is_folder(stages, reference):
+        return checkpoint_config(Path(reference).expanduser())
+    config = stages[reference]
+    if config.init != "scratch":
+        inner = shape_of(context, config.init)
+    else:
+        tokenizer = tokenizer_of(context, reference)
+        source = config.tokenizer.split("/")[0]
+        size = tokenizer.vocab_size if tokenizer else stages[source].vocab_size if source in stages else 0
+        inner = TransformerConfig(vocab_size=size, **config.model) if size else None
+    return None if inner is None else computed(inner, config.compute)
+
+
+def base_of(context: Context, reference: str) -> str:
+    """The stage or folder whose base a model stands on: roles with the same one share its arrays."""
+    stages = context.experiment.stages
+    if reference not in stages:
+        return reference
+    return _continued(context, stages[reference].init, reference)
+
+
+def _continued(context: Context, start: str, stage: str) -> str:
+    """The base of what `stage` makes of `start`, as `artifacts.continue_role` does."""
+    stages = context.experiment.stages
+    lora = stages[stage].lora
+    old = stages[start].lora if start in stages else None
+    if not lora.rank or stages[stage].compute.param_dtype or (old is not None and old.rank and old != lora):
+        return stage
+    return base_of(context, start)
+
+
+def role_bases(context: Context) -> dict[str, str]:
+    """Role -> the stage or folder whose base it reads, for a ppo stage."""
+    config, name = context.config, context.name
+    policy = _continued(context, config.init, name)
+    theirs, ours = tokenizer_of(context, config.reward), tokenizer_of(context, config.init)
+    foreign = theirs is not None and ours is not None and theirs.identity != ours.identity
+    value = _continued(context, config.init if foreign else config.reward, name)
+    own = policy == name  # trained in full: the reference keeps the weights it started from
+    return {
+        "policy": f"{name} (policy)" if own else policy,
+        "reference": base_of(context, config.init) if own else policy,
+        "value": f"{name} (value)" if value == name else value,
+        "reward": base_of(context, config.reward),
+    }
+
+
+def bytes_per_device(like: Any, names: Any, mesh: Mesh, table: Table = TRAINING) -> int:
+    """What a tree takes on one device when it is placed by `table`."""
+    at = tree_shardings(like, names, mesh, table)
+    each = jax.tree.map(lambda s, sharding: math.prod(sharding.shard_shape(s.shape)) * s.dtype.itemsize, like, at)
+    return sum(jax.tree.leaves(each))
+
+
+def _moments(config: Any, param_dtype: str) -> float:
+    """Bytes a trained parameter takes in gradient and optimizer, over its own: adafactor's factors are not counted."""
+    first = 2 if config.optimizer.moment_dtype else 4
+    moments = 0 if config.optimizer.name == "adafactor" else first + 4
+    return 4 + moments + (4 if param_dtype == "bfloat16" else 0)
+
+
+def describe(context: Context) -> list[str]:
+    """Lines about a trainable stage: parameters, sharing, memory of weights and optimizer on one device."""
+    config, mesh = context.config, context.mesh()
+    shape = shape_of(context, config.init if config.init != "scratch" else context.name)
+    if shape is None:
+        return [f"model: known once {config.tokenizer} is there"]
+    shape = computed(shape, config.compute)
+    base = base_leaves(shape)
+    held = bytes_per_device(shapes(base, shape.param_dtype), axes(base), mesh)
+    lines = [
+        f"{shape.family} decoder, {count(base) / 1e6:.2f}M parameters in {shape.param_dtype}, products in "
+        f"{shape.dtype}, remat {shape.remat}, attention {shape.attention}"
+    ]
+    lora = context.lora()
+    if lora is not None:
+        like = jax.eval_shape(lambda: init_adapters(shape, lora, key=jax.random.key(0)))
+        trained = bytes_per_device(like, adapter_axes(shape, like), mesh) // 4
+    else:
+        trained = held // (2 if shape.param_dtype == "bfloat16" else 4)
+    roles = {context.name: base_of(context, context.name)}
+    train = trained * (_moments(config, shape.param_dtype if lora is None else "float32") + (4 if lora else 0))
+    if config.kind == "ppo":
+        roles, train = role_bases(context), 2 * train  # policy and value
+        groups: dict[str, list[str]] = {}
+        for role, owner in roles.items():
+            groups.setdefault(owner, []).append(role)
+        lines.append("bases: " + "; ".join(f"{'+'.join(names)} on {owner}" for owner, names in groups.items()))
+    total = held * len(set(roles.values())) + train
+    lines.append(
+        f"memory per device: {total / 2**30:.3f} GiB in weights, gradients and optimizer ({len(set(roles.values()))} "
+        f"base(s) of {held / 2**30:.3f}), activations and caches not counted"
+    )
+    tensor = mesh.shape["tensor"]
+    if shape.kv_heads % tensor:
+        lines.append(f"{shape.kv_heads} key-value heads do not divide over tensor {tensor}: each device keeps them all")
+    return lines
+
+
+def previews(context: Context, kind: Any) -> list[str]:
+    """Three decoded examples of the stage's data, where data and tokenizer are there already."""
+    reference = context.name if context.config.get("tokenizer") else context.config.init
+    tokenizer = tokenizer_of(context, reference)
+    names = context.data_names("data")
+    stages = context.experiment.stages
+    waiting = [n for n in names if n.split("/")[0] in stages and not context.path(n).exists()]
+    if tokenizer is None or waiting:
+        return [f"examples: once {waiting[0] if waiting else context.config.tokenizer} is there"]
+    out = []
+    for number, text in enumerate(kind.preview(context, tokenizer), 1):
+        out += [f"example {number}: {line}" if i == 0 else f"    {line}" for i, line in enumerate(text.splitlines())]
+    return out
