@@ -19,7 +19,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which projections carry adapters, of what rank and scale; a target the decoder does not have (`gate`) is left out."""
+    """Which projections carry adapters, of what rank and scale; a target the decoder lacks (`gate`) is left out."""
 
     rank: int
     alpha: float = 16.0

@@ -274,6 +274,24 @@ def _check_tensors(where: str | Path, stored: dict[str, Any], wanted: dict[str, 
             raise UserError(f"{where} {what} {', '.join(names[:3])}{more}: {hint}")
 
 
+def _check(config: TransformerConfig, stored: dict[str, Any], folder: Path, beside: dict[str, tuple[int, ...]]) -> None:
+    """Raises a UserError unless `stored` holds the decoder's tensors and those `beside`, and no others."""
+    pieces = families.stored_tensors(config)
+    wanted = {name: parts[0].layout.shape(parts[0].shape) for name, parts in pieces.items()}
+    head = f"{families.family_of(config).modules['head'].path}.weight"
+    if head not in wanted:  # tied, and stored all the same
+        stored = {name: tensor for name, tensor in stored.items() if name != head}
+    hint = f"its config.json must be that of these weights ({config.family})"
+    _check_tensors(folder, stored, {**wanted, **beside}, hint)
+
+
+def check_weights(folder: str | Path) -> None:
+    """Raises a UserError where `load_pretrained` or `load_reward_model` would, reading the files' headers alone."""
+    folder, config = Path(folder), read_config(folder)
+    with _opened(folder, families.family_of(config)) as stored:
+        _check(config, stored, folder, {SCORE: (1, config.width)} if is_reward_model(folder) else {})
+
+
 def _load(
     config: TransformerConfig,
     stored: dict[str, Any],
@@ -282,14 +300,7 @@ def _load(
     beside: dict[str, tuple[int, ...]],
 ) -> dict[str, Any]:
     """The parameters; `beside` are tensors that belong to the checkpoint and not to the decoder."""
-    pieces = families.stored_tensors(config)
-    wanted = {name: parts[0].layout.shape(parts[0].shape) for name, parts in pieces.items()}
-    head = f"{families.family_of(config).modules['head'].path}.weight"
-    if head not in wanted:  # tied, and stored all the same
-        stored = {name: tensor for name, tensor in stored.items() if name != head}
-    _check_tensors(
-        folder, stored, {**wanted, **beside}, f"its config.json must be that of these weights ({config.family})"
-    )
+    _check(config, stored, folder, beside)
     leaves = base_leaves(config)
     tree = shapes(leaves, config.param_dtype)
     if mesh is None:

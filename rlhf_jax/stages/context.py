@@ -16,8 +16,16 @@ from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import make_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.models.pretrained import is_reward_model
-from rlhf_jax.training.artifacts import Role, checkpoint_config, checkpoint_tokenizer, load_checkpoint, load_role
+from rlhf_jax.models.pretrained import check_weights
+from rlhf_jax.training.artifacts import (
+    Role,
+    base_folder,
+    checkpoint_config,
+    checkpoint_tokenizer,
+    is_reward_checkpoint,
+    load_checkpoint,
+    load_role,
+)
 from rlhf_jax.training.randomness import stage_key
 
 CHECKED_RECORDS, CHECKED_BYTES = 1000, 1 << 28  # before anything runs: files up to so many bytes are read whole
@@ -119,11 +127,12 @@ class Context:
                 yield field, Path(value).expanduser()
 
     def check_folders(self) -> None:
-        """Raises a UserError unless every checkpoint folder can be read: config, tokenizer, vocabulary."""
+        """Raises a UserError unless every checkpoint folder can be read: config, headers, tokenizer, vocabulary."""
         for field, folder in self.folders():
+            check_weights(base_folder(folder))
             config, tokenizer = checkpoint_config(folder), checkpoint_tokenizer(folder)
             check_vocabulary(tokenizer, config.vocab_size, str(folder))
-            if field == "reward" and not is_reward_model(folder):
+            if field == "reward" and not is_reward_checkpoint(folder):
                 raise UserError(
                     f"stages.{self.name}.reward: {folder} is a language model: give a sequence-classification "
                     "checkpoint with one label, or a reward stage"

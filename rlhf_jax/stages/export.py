@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, Any]:
             if not base_path:
                 save_pretrained(base_folder, spec.config, role.weights["base"], role.tokenizer, **settings)
                 base_path = str(base_folder)
-            save_peft(folder, spec.config, spec.lora, role.weights["adapters"], base_path, head)
+            save_peft(folder, spec.config, spec.lora, role.weights["adapters"], base_path, head, spec.answer_mark)
             if is_main_process():
                 role.tokenizer.save(folder)
     barrier(f"wrote {folder}")

@@ -21,7 +21,7 @@ from rlhf_jax.models.config import HOW, TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.leaves import base_leaves, shapes
 from rlhf_jax.models.lora import LoraConfig, init_adapters
-from rlhf_jax.models.peft import is_peft, load_peft, peft_base
+from rlhf_jax.models.peft import is_peft, load_peft, load_peft_head, peft_base
 from rlhf_jax.models.pretrained import (
     answer_mark,
     is_reward_model,
@@ -113,7 +113,7 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: Bases) -> Role:
         wanted = (info["fingerprints"]["base"], mesh)
         if wanted not in bases:
             if owner:
-                bases[wanted] = load_pretrained(Path(owner), mesh, spec.config.param_dtype)[1]
+                bases[wanted] = _checkpoint_base(Path(owner), mesh, spec.config.param_dtype)
             else:
                 bases[wanted] = load_role(workdir, info["base_stage"], mesh, bases).weights["base"]
         weights = {**weights, "base": bases[wanted]}
@@ -130,6 +130,11 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: Bases) -> Role:
     if tokenizer.identity != info["tokenizer"]["identity"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer stage {stage} was trained with: put that one back")
     return Role(spec, weights, tokenizer, info["base_stage"], owner)
+
+
+def _checkpoint_base(folder: Path, mesh: Mesh, param_dtype: str) -> Any:
+    load = load_reward_model if is_reward_model(folder) else load_pretrained
+    return load(folder, mesh, param_dtype)[1]
 
 
 def load_checkpoint(folder: Path, mesh: Mesh, bases: Bases, param_dtype: str = "float32") -> Role:
@@ -154,8 +159,11 @@ def load_checkpoint(folder: Path, mesh: Mesh, bases: Bases, param_dtype: str = "
         lora, adapters = load_peft(folder, config)
         spec = dataclasses.replace(spec, lora=lora)
         weights["adapters"] = adapters
-        at = tree_shardings(adapters, weight_axes(spec, {"adapters": adapters})["adapters"], mesh)
-        weights["adapters"] = jax.device_put(adapters, at)
+        head, mark = load_peft_head(folder, config)
+        if head is not None:
+            weights["head"], spec = head, dataclasses.replace(spec, answer_mark=mark)
+        own: Weights = {name: weights[name] for name in ("adapters", "head") if name in weights}
+        weights |= jax.device_put(own, tree_shardings(own, weight_axes(spec, own), mesh))
     tokenizer = checkpoint_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, str(folder))
     return Role(spec, weights, tokenizer, base_checkpoint=str(owner.absolute()))
@@ -177,6 +185,13 @@ def base_folder(folder: Path) -> Path:
         f'{folder}: the adapter\'s base "{named}" is no folder here: set base_model_name_or_path in its '
         "adapter_config.json to the base's checkpoint folder"
     )
+
+
+def is_reward_checkpoint(folder: Path) -> bool:
+    """Whether a folder scores text: a sequence-classification checkpoint, or adapters with such a head."""
+    if is_reward_model(base_folder(folder)):
+        return True
+    return is_peft(folder) and load_peft_head(folder, checkpoint_config(folder))[0] is not None
 
 
 def checkpoint_tokenizer(folder: Path) -> Tokenizer:
