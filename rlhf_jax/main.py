@@ -1,4 +1,4 @@
-"""`python -m rlhf_jax.main --config=FILE --workdir=DIR [--config.path.to.field=value ...]`
+"""`python -m rlhf_jax.main --config=FILE[:ARGUMENT] --workdir=DIR [--config.path.to.field=value ...]`
 
 Exit status: 0 done; 2 a problem the user can mend, one line on stderr; 75 stopped by a signal after saving, run again.
 """
@@ -15,7 +15,7 @@ from rlhf_jax.config import nearest
 from rlhf_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "File that defines get_config().")
+config_flags.DEFINE_config_file("config", None, "File that defines get_config(), as FILE or FILE:ARGUMENT.")
 flags.DEFINE_string("workdir", None, "Where everything is written; the same command goes on where it stopped.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and exit.")
 
@@ -26,7 +26,8 @@ def _unknown_override(argv: list[str]) -> str | None:
     overrides = [arg.split("=")[0].removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     if file is None or not overrides:
         return None
-    config = runpy.run_path(file)["get_config"]()
+    source, _, argument = file.partition(":")  # FILE, or FILE:ARGUMENT of get_config
+    config = runpy.run_path(source)["get_config"](*([argument] if argument else []))
     for path in overrides:
         group = config
         for name in path.split("."):

@@ -1,4 +1,4 @@
-"""`python -m rlhf_jax.bench sft|generate|ppo [repeats]`: one JSON line."""
+"""`python -m rlhf_jax.bench sft|generate|ppo|sft_1b|decode_1b [repeats]`: one JSON line."""
 
 import json
 import resource
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         "seconds_all": out["seconds_all"],
         "tokens_per_second": out["tokens"] / seconds,
         "peak_memory_mib": peak,
-    } | {name: out[name] for name in ("parts",) if name in out}
+    } | {name: out[name] for name in ("parts", "roofline") if name in out}
     print(json.dumps(line))
     return 0
 

@@ -1,7 +1,9 @@
 """Workload W: Llama architecture, 6 layers, width 384, 6 heads, 2 key-value heads of 64, feed-forward 1024, vocabulary
-4096, float32. Every workload is the library's own step on random tokens; nothing stops early.
+4096, float32. Two workloads for accelerators are a 1B Llama in bfloat16, with their share of the roofline. Every
+workload is the library's own step on random tokens; nothing stops early.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from rlhf_jax.stages.sft import sft_objective
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.ppo import PPOConfig, make_experience, make_update, score_logprobs, score_values
 from rlhf_jax.training.state import TrainState, apply_gradient
+from rlhf_jax.training.throughput import peak_bandwidth, peak_flops
 
 NEVER = (4096,)  # a stop id outside the vocabulary
 
@@ -137,4 +140,91 @@ def ppo(repeats: int) -> dict[str, Any]:
     return {"seconds_all": seconds, "tokens": 16 * 128, "parts": {k: statistics.median(v) for k, v in parts.items()}}
 
 
-WORKLOADS: dict[str, Callable[[int], dict[str, Any]]] = {"sft": sft, "generate": generation, "ppo": ppo}
+LLAMA_1B = TransformerConfig(
+    vocab_size=128_256,
+    layers=16,
+    width=2048,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    ffn=8192,
+    context=4096,
+    rope_theta=500_000.0,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+)
+
+
+def sft_1b(
+    repeats: int, config: TransformerConfig = LLAMA_1B, batch_size: int = 8, length: int = 2048
+) -> dict[str, Any]:
+    """One AdamW step of a 1B Llama, float32 parameters and bfloat16 products, on 8 x 2048 packed tokens.
+
+    MFU = 3 x tokens x forward FLOPs a token (`TransformerConfig.forward_flops`) / seconds / the data sheet's peak.
+    """
+    config = dataclasses.replace(config, param_dtype="float32", remat="dots")
+    optimizer = optax.adamw(1e-5)
+    gradient = plain_gradient(sft_objective(RoleSpec(config), 1))
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Any]:
+        grads, metrics = gradient(state.params, {}, batch)
+        state, norms = apply_gradient(state, grads, optimizer)
+        return state, metrics | norms
+
+    jitted = jax.jit(step, donate_argnums=0)
+
+    @jax.jit
+    def create(key: jax.Array) -> TrainState:
+        params = {"base": init_base(config, key=key)}
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    box = [create(jax.random.key(0))]
+    ids = np.random.default_rng(0).integers(3, config.vocab_size, (batch_size, length + 1)).astype(np.int32)
+    ones = np.ones((batch_size, length), np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (batch_size, 1))
+    fields = dict(tokens=ids[:, :-1], targets=ids[:, 1:], segment_ids=ones, positions=positions)
+    batch = jax.device_put({**fields, "loss_mask": ones.astype(np.float32)})
+
+    def once(i: int) -> Any:
+        box[0], metrics = jitted(box[0], batch)
+        return metrics
+
+    seconds, tokens = _timed(once, repeats), batch_size * length
+    flops = 3 * tokens * config.forward_flops(length)
+    share = flops / statistics.median(seconds) / peak_flops()
+    return {"seconds_all": seconds, "tokens": tokens, "roofline": {"flops": flops, "mfu": share}}
+
+
+def decode_1b(
+    repeats: int, config: TransformerConfig = LLAMA_1B, batch_size: int = 64, prompt: int = 128, new: int = 256
+):
+    """Decoding of a 1B Llama in bfloat16, batch 64, prompt 128: a step's seconds, from 256 new tokens less 128.
+
+    Bytes a step = every weight once (the embedding once, as output kernel) + the cache up to its mean length.
+    """
+    params = jax.jit(lambda key: init_base(config, key=key))(jax.random.key(0))
+    lengths = jnp.full((batch_size,), prompt, jnp.int32)
+    prompts = np.random.default_rng(0).integers(3, config.vocab_size, (batch_size, prompt)).astype(np.int32)
+
+    def run(count: int) -> Callable[[int], Any]:
+        sampling = Sampling(count, stop_ids=(config.vocab_size,))
+        return lambda i: generate(config, params, prompts, lengths, key=jax.random.key(i), sampling=sampling).tokens
+
+    long, short = (_timed(run(count), repeats) for count in (new, new // 2))
+    step = (statistics.median(long) - statistics.median(short)) / (new - new // 2)
+    width = jnp.dtype(config.dtype).itemsize
+    row = 2 * config.layers * config.kv_heads * config.head_dim * width  # keys and values of a token
+    moved = width * config.parameters + batch_size * row * (prompt + 3 * new // 4)
+    bandwidth = peak_bandwidth()
+    share = None if bandwidth is None else moved / step / bandwidth
+    roofline = {"step_seconds": step, "bytes": moved, "bytes_per_second": moved / step, "bandwidth_share": share}
+    return {"seconds_all": long, "tokens": batch_size * new, "roofline": roofline}
+
+
+WORKLOADS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "sft": sft,
+    "generate": generation,
+    "ppo": ppo,
+    "sft_1b": sft_1b,
+    "decode_1b": decode_1b,
+}

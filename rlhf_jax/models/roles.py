@@ -63,6 +63,11 @@ def split(spec: RoleSpec, weights: Weights) -> tuple[Weights, Weights]:
     )
 
 
+def training_passes(spec: RoleSpec) -> int:
+    """Cost of a training step in forward passes: 3, or 2 over a frozen base, which needs no weight gradients."""
+    return 2 if spec.lora else 3
+
+
 def scaled_adapters(spec: RoleSpec, weights: Weights) -> dict[str, Any] | None:
     """The role's adapters as the decoder takes them, or None."""
     return scaled(weights["adapters"], spec.lora) if spec.lora else None

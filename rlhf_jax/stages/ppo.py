@@ -20,7 +20,7 @@ from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import fetch, place_batch, replicated
 from rlhf_jax.models.heads import init_head
-from rlhf_jax.models.roles import scaled_adapters, split, weight_axes
+from rlhf_jax.models.roles import scaled_adapters, split, training_passes, weight_axes
 from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import check_lengths
 from rlhf_jax.rollout.reencode import ForeignScores
@@ -222,7 +222,7 @@ def run(context: Context) -> dict[str, Any]:
             shown=("objective/scores", "objective/kl", "eval/score", "eval/kl"),
             tokens_each=config.batch_size * width,
             # decoding once, scoring by four roles, training two of them (forward and backward) every epoch
-            flops_each=forward * (1 + 4 + 2 * 3 * settings.epochs),
+            flops_each=forward * (1 + 4 + 2 * training_passes(policy.spec) * settings.epochs),
         )
         policy.weights = {**frozen["policy"], **params["policy"]}
         prints = save_role(context.workdir, context.name, policy)

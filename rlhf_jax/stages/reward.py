@@ -23,7 +23,7 @@ from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.models.heads import init_head
-from rlhf_jax.models.roles import RoleSpec, split, weight_axes
+from rlhf_jax.models.roles import RoleSpec, split, training_passes, weight_axes
 from rlhf_jax.objectives import bradley_terry_loss
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
@@ -274,7 +274,9 @@ def run(context: Context) -> dict[str, Any]:
             iterations=steps,
             shown=("loss/train", "accuracy/train", "loss/eval", "accuracy/eval"),
             tokens_each=tokens,
-            flops_each=3 * tokens * role.spec.config.forward_flops(training["tokens"].shape[-1], logits=False),
+            flops_each=training_passes(role.spec)
+            * tokens
+            * role.spec.config.forward_flops(training["tokens"].shape[-1], logits=False),
         )
         role.weights = {**frozen, **params}
 

@@ -32,7 +32,16 @@ from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch, tree_shardings
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.roles import RoleSpec, base_axes, hidden_states, init_base, merged_base, split, weight_axes
+from rlhf_jax.models.roles import (
+    RoleSpec,
+    base_axes,
+    hidden_states,
+    init_base,
+    merged_base,
+    split,
+    training_passes,
+    weight_axes,
+)
 from rlhf_jax.models.transformer import output_kernel
 from rlhf_jax.objectives.language_model import segment_totals, token_logprobs
 from rlhf_jax.rollout import Sampling, generate
@@ -206,7 +215,7 @@ def run(context: Context) -> dict[str, Any]:
         gradient = plain_gradient(sft_objective(role.spec, data.segments), config.accumulation)
         step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
         state = init_state(trainable, axes, optimizer, mesh)
-        flops = 3 * tokens * role.spec.config.forward_flops(data.width)
+        flops = training_passes(role.spec) * tokens * role.spec.config.forward_flops(data.width)
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
             return step(state, frozen, data.place(order.batch(iteration, config.batch_size), mesh))

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, for the MFU estimate."""
+"""Peak FLOP/s and memory bandwidth of a device, for the MFU estimate and the roofline of decoding."""
 
 import time
 
@@ -18,6 +18,27 @@ PEAK = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+# Bytes/s of a chip's memory by its maker's data sheet.
+BANDWIDTH = {
+    "TPU v4": 1228e9,
+    "TPU v5 lite": 819e9,
+    "TPU v5e": 819e9,
+    "TPU v5p": 2765e9,
+    "TPU v5": 2765e9,
+    "TPU v6 lite": 1640e9,
+    "TPU v6e": 1640e9,
+    "NVIDIA A100": 2039e9,
+    "NVIDIA H100": 3350e9,
+    "NVIDIA H200": 4800e9,
+}
+
+
+def peak_bandwidth() -> float | None:
+    """Bytes/s of all devices' memory together by the data sheet; None for a device it does not list."""
+    kind = jax.devices()[0].device_kind
+    known = next((value for name, value in sorted(BANDWIDTH.items(), reverse=True) if kind.startswith(name)), None)
+    return None if known is None else known * jax.device_count()
 
 
 def peak_flops() -> float:
