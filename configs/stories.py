@@ -55,7 +55,7 @@ def get_config(folder="stories260k"):
         max_new_tokens=32,
         stop_strings=(".",),  # one sentence: the base never learned to write its end token
         kl_coef=0.05,
-        optimizer=dict(learning_rate=1e-3),
+        optimizer=dict(learning_rate=4e-4),
         evaluation=dict(data=str(DATA / "heldout.jsonl"), records=128, every=10),
     )
     stages.export = stage("export", subject="ppo")

@@ -13,6 +13,7 @@ A stage names what it depends on: another stage ("sft"), or a file of one ("prep
 
 import copy
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.errors import UserError
 
 REQUIRED = "<required>"  # a field without a default
+NEEDS_QWIX = 'compute.base needs the package qwix, which is not installed: pip install "rlhf_jax[quantized]"'
 
 MESH = dict(
     data=-1,  # devices along the pure data axis; -1: all that the other axes leave
@@ -45,6 +47,7 @@ COMPUTE = dict(  # "" takes what the model that a stage starts from has; a new o
     param_dtype="",  # of parameters: "float32" | "bfloat16" (then the optimizer keeps a float32 master copy)
     remat="",  # what of a layer the backward pass recomputes: "none" | "full" | "dots" (all but matrix products)
     attention="",  # "auto" (by platform) | "plain" | "cudnn" (NVIDIA) | "splash" (TPU)
+    base="",  # what the frozen base under adapters is kept in: "int8" | "nf4" (4 bits, QLoRA); lora.rank=0 keeps none
 )
 LORA: dict[str, Any] = dict(
     rank=0,  # 0 trains every weight
@@ -367,6 +370,14 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
         _choice(config.compute, f"{where}.compute", "param_dtype", ("", "float32", "bfloat16"))
         _choice(config.compute, f"{where}.compute", "remat", ("", "none", "full", "dots"))
         _choice(config.compute, f"{where}.compute", "attention", ("", "auto", "plain", "cudnn", "splash"))
+        _choice(config.compute, f"{where}.compute", "base", ("", "int8", "nf4"))
+        if config.compute.base and not config.lora.rank:
+            raise UserError(
+                f'{where}.compute.base is "{config.compute.base}" but {where}.lora.rank is 0: a quantized base is '
+                'frozen, so give adapters a rank, or set compute.base=""'
+            )
+        if config.compute.base and importlib.util.find_spec("qwix") is None:
+            raise UserError(f"{where}.{NEEDS_QWIX}")
     if "on_error" in config:
         _choice(config, where, "on_error", ("raise", "skip"))
 

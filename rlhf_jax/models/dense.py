@@ -6,10 +6,13 @@ long), and this is the one place where a projection's input and output gradient 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from rlhf_jax.models.quantized import is_quantized, plain
 
 Array = jax.Array
 
@@ -35,6 +38,26 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def frozen_matmul(x: Array, kernel: Any) -> Array:
+    """`x @ w` for a quantized kernel (d_in, d_out), which gets no gradient: `matmul` with its numbers in x's dtype.
+
+    The backward pass computes them again: were they saved, a scan over layers would hold them for the whole stack.
+    """
+    return matmul(x, plain(kernel, x.dtype))
+
+
+def _frozen_forward(x: Array, kernel: Any) -> tuple[Array, Any]:
+    return frozen_matmul(x, kernel), kernel
+
+
+def _frozen_backward(kernel: Any, g: Array) -> tuple[Array, None]:
+    return matmul(g, plain(kernel, g.dtype).T), None
+
+
+frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
+
+
 def low_rank(x: Array, a: Array, b: Array) -> Array:
     """`x @ a @ b` for x (B, T, d_in), with one adapter for all rows or one for each equal group of rows.
 
@@ -56,16 +79,16 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
     return product("gbtr,gro->gbto", hidden, b).astype(x.dtype).reshape(*x.shape[:-1], b.shape[-1])
 
 
-def project(x: Array, kernel: Array, bias: Array | None = None, adapter: dict[str, Array] | None = None) -> Array:
+def project(x: Array, kernel: Any, bias: Array | None = None, adapter: dict[str, Array] | None = None) -> Array:
     """One projection of the decoder: `x @ kernel (+ bias) (+ x @ a @ b)`.
 
     Args:
       x: (B, T, d_in).
-      kernel: (d_in, d_out), cast to x's dtype.
+      kernel: (d_in, d_out), cast to x's dtype; or a quantized one (`models.quantized`), which is frozen.
       bias: (d_out,) or None.
       adapter: {"a", "b"} as `low_rank` takes them, b already scaled, or None.
     """
-    y = matmul(x, kernel.astype(x.dtype))
+    y = frozen_matmul(x, kernel) if is_quantized(kernel) else matmul(x, kernel.astype(x.dtype))
     if bias is not None:
         y = y + bias.astype(x.dtype)
     if adapter is not None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.leaves import layer_leaves
+from rlhf_jax.models.quantized import dequantized, is_quantized, plain
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -57,9 +58,10 @@ def scaled(adapters: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
 
 
 def merge(params: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
-    """Base weights with (scaled) adapters added in: W + a @ b in float32, then in the base's dtype."""
+    """Base weights with (scaled) adapters added in: W + a @ b in float32, then in the base's dtype; plain arrays."""
     layers = dict(params["layers"])
     for target, leaf in adapters.items():
-        added = layers[target].astype(jnp.float32) + jnp.einsum("ldr,lro->ldo", leaf["a"], leaf["b"])
-        layers[target] = added.astype(layers[target].dtype)
-    return {**params, "layers": layers}
+        kernel = layers[target]
+        added = plain(kernel, jnp.float32) + jnp.einsum("ldr,lro->ldo", leaf["a"], leaf["b"])
+        layers[target] = added.astype(params["embedding"].dtype if is_quantized(kernel) else kernel.dtype)
+    return dequantized({**params, "layers": layers})

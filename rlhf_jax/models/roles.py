@@ -15,6 +15,7 @@ from rlhf_jax.models import heads
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.leaves import axes, base_leaves
 from rlhf_jax.models.lora import LoraConfig, adapter_axes, merge, scaled
+from rlhf_jax.models.quantized import dequantized, quantized_axes
 from rlhf_jax.models.transformer import Transformer
 
 Array = jax.Array
@@ -29,11 +30,13 @@ class RoleSpec:
       config: the decoder's shape.
       lora: its adapters' settings; None: every weight trains.
       answer_mark: token a reward role reads between prompt and answer; None: nothing.
+      base: what the frozen base's matrices are kept in: "" (plain arrays), "int8" or "nf4" (`models.quantized`).
     """
 
     config: TransformerConfig
     lora: LoraConfig | None = None
     answer_mark: int | None = None
+    base: str = ""
 
 
 def init_base(config: TransformerConfig, *, key: Array) -> dict[str, Any]:
@@ -48,7 +51,9 @@ def base_axes(config: TransformerConfig) -> dict[str, Any]:
 
 def weight_axes(spec: RoleSpec, weights: Weights) -> Weights:
     """Logical axes of a role's weights, for those parts that `weights` has."""
-    parts: Weights = {"base": base_axes(spec.config), "head": heads.AXES}
+    parts: Weights = {"head": heads.AXES}
+    if "base" in weights:
+        parts["base"] = quantized_axes(spec.config, weights["base"])
     if "adapters" in weights:
         parts["adapters"] = adapter_axes(spec.config, weights["adapters"])
     return {name: parts[name] for name in weights}
@@ -74,9 +79,9 @@ def scaled_adapters(spec: RoleSpec, weights: Weights) -> dict[str, Any] | None:
 
 
 def merged_base(spec: RoleSpec, weights: Weights) -> dict[str, Any]:
-    """The base with the role's adapters added in."""
+    """The base with the role's adapters added in, as plain arrays."""
     adapters = scaled_adapters(spec, weights)
-    return weights["base"] if adapters is None else merge(weights["base"], adapters)
+    return dequantized(weights["base"]) if adapters is None else merge(weights["base"], adapters)
 
 
 def hidden_states(spec: RoleSpec, weights: Weights, tokens: Array, **kwargs: Any) -> Array:

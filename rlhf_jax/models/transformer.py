@@ -8,7 +8,7 @@ prepared once a rollout (`rollout.generate.prepare_weights`).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models import rotary
 from rlhf_jax.models.attention import NEGATIVE, RESIDUALS, self_attention
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.dense import matmul, project
+from rlhf_jax.models.dense import project
 from rlhf_jax.models.leaves import Leaf, base_leaves
 
 Array = jax.Array
@@ -159,16 +159,35 @@ def _whole_attention(
     return attention
 
 
+class _View(NamedTuple):
+    """How the newest token of each row looks at the cache in the layers of one window."""
+
+    turn: rotary.Table | None
+    seen: Array  # (B, S) bool
+
+
+def _step_views(config: TransformerConfig, positions: Array, cache: Cache) -> dict[int, _View]:
+    """The view of every window. Positions are below S.
+
+    Cosines are looked up in a table of all S positions, which the compiler makes once, before the token loop. Taken of
+    `positions` they would be fused into every layer, and computed there once for every query head.
+    """
+    slots = jnp.arange(cache.valid.shape[1])
+    written = cache.valid & (slots <= cache.index)
+    views = {}
+    for window in {config.window(i) for i in range(config.layers)}:
+        whole = rotary.table(config, slots[None], windowed=window > 0)
+        turn = jax.tree.map(lambda x: jnp.take(x[0], positions, axis=0), whole)
+        seen = written & (positions - cache.positions < window) if window else written
+        views[window] = _View(turn, seen)
+    return views
+
+
 def _step_attention(
-    config: TransformerConfig, positions: Array, cache: Cache, layer: int, written: list[tuple[Array, Array]]
+    config: TransformerConfig, view: _View, cache: Cache, layer: int, written: list[tuple[Array, Array]]
 ) -> Attention:
     """Attention of one new token to the cache, which gets its key and value; they are appended to `written`."""
-    window = config.window(layer)
-    turn = rotary.table(config, positions, windowed=window > 0)
-    slots = jnp.arange(cache.valid.shape[1])
-    seen = cache.valid & (slots <= cache.index)
-    if window:
-        seen = seen & (positions - cache.positions < window)
+    turn, seen = view
 
     def attention(q: Array, k: Array, v: Array) -> Array:
         q, k = rotary.rotate(q, turn), rotary.rotate(k, turn)
@@ -319,14 +338,16 @@ class Transformer(nn.Module):
         c, length = self.config, x.shape[1]
         stacked = {} if prepared is not None else self.layers()
         written: list[tuple[Array, Array]] = []
+        views = _step_views(c, positions, cache) if cache is not None and length == 1 else {}
         for i in range(c.layers):
             params = prepared["layers"][i] if prepared is not None else {k: v[i] for k, v in stacked.items()}
             here = None if adapters is None else jax.tree.map(lambda leaf, i=i: leaf[i], _layers_first(adapters))
             if cache is None:
                 attention = _whole_attention(c, positions, segment_ids, c.window(i))
+            elif length > 1:
+                attention = _prefill_attention(c, positions, cache, i, written)
             else:
-                cached = _prefill_attention if length > 1 else _step_attention
-                attention = cached(c, positions, cache, i, written)
+                attention = _step_attention(c, views[c.window(i)], cache, i, written)
             x = block(c, params, here, x, attention)
         if cache is not None:
             keys, values = zip(*written, strict=True)
@@ -343,7 +364,11 @@ class Transformer(nn.Module):
 
 def output_logits(config: TransformerConfig, hidden: Array, kernel: Array) -> Array:
     """Logits (..., V) float32 of final hidden states (..., width)."""
-    return capped(config, matmul(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32))
+    contract = (((hidden.ndim - 1,), (0,)), ((), ()))
+    logits = jax.lax.dot_general(
+        hidden, kernel.astype(hidden.dtype), contract, preferred_element_type=jnp.float32
+    )  # never rounded to the dtype of the states: what draws a token is what scores it
+    return capped(config, logits)
 
 
 def capped(config: TransformerConfig, logits: Array) -> Array:

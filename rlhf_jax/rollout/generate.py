@@ -10,6 +10,7 @@ from flax import struct
 from rlhf_jax.distributed.sharding import ROLLOUT, constrain, tree_shardings
 from rlhf_jax.models import lora
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.quantized import dequantized
 from rlhf_jax.models.roles import base_axes
 from rlhf_jax.models.transformer import Cache, Transformer, empty_cache, output_kernel, output_logits
 from rlhf_jax.rollout.sampling import Sampling, draw, row_keys, sample_keys
@@ -38,8 +39,7 @@ def prepare_weights(
     Done once a rollout, outside the token loop. Query, key and value (and gate and up) are fused where no tensor axis
     shards them (never with `fuse=False`, for adapters that stay apart); the output kernel is laid out (width, V).
     """
-    if adapters is not None:
-        params = lora.merge(params, adapters)
+    params = dequantized(params, config.dtype) if adapters is None else lora.merge(params, adapters)
     # Cast before resharding: half the bytes cross the network.
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if "norm" in path[-1].key else leaf.astype(config.dtype), params
@@ -48,18 +48,21 @@ def prepare_weights(
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
     if not mesh.empty and mesh.size > 1:
         params = jax.lax.with_sharding_constraint(params, tree_shardings(params, base_axes(config), mesh, ROLLOUT))
-    stacked = dict(params["layers"])
+    layers = [{name: leaf[i] for name, leaf in params["layers"].items()} for i in range(config.layers)]
     if fuse and tensor == 1:
-        for fused, parts in FUSED.items():
-            for suffix in ("", "_bias"):
-                if f"{parts[-1]}{suffix}" in stacked and f"{parts[0]}{suffix}" in stacked:
-                    together = [stacked.pop(f"{part}{suffix}") for part in parts]
-                    stacked[f"{fused}{suffix}"] = jnp.concatenate(together, axis=-1)
+        layers = [_fused(layer) for layer in layers]
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return outer | {
-        "layers": [{name: leaf[i] for name, leaf in stacked.items()} for i in range(config.layers)],
-        "head": output_kernel(config, params),
-    }
+    return outer | {"layers": layers, "head": output_kernel(config, params)}
+
+
+def _fused(layer: dict[str, Array]) -> dict[str, Array]:
+    """One layer's leaves, those of `FUSED` side by side."""
+    layer = dict(layer)
+    for fused, parts in FUSED.items():
+        for suffix in ("", "_bias"):
+            if all(f"{part}{suffix}" in layer for part in parts):
+                layer[f"{fused}{suffix}"] = jnp.concatenate([layer.pop(f"{part}{suffix}") for part in parts], axis=-1)
+    return layer
 
 
 class _Decoding(struct.PyTreeNode):

@@ -12,6 +12,7 @@ import jax
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.models.peft import save_peft
 from rlhf_jax.models.pretrained import save_pretrained
+from rlhf_jax.models.quantized import dequantized
 from rlhf_jax.models.roles import merged_base
 from rlhf_jax.stages.context import Context
 
@@ -40,7 +41,8 @@ def run(context: Context) -> dict[str, Any]:
         else:
             base_path = role.base_checkpoint
             if not base_path:
-                save_pretrained(base_folder, spec.config, role.weights["base"], role.tokenizer, **settings)
+                whole = dequantized(role.weights["base"])
+                save_pretrained(base_folder, spec.config, whole, role.tokenizer, **settings)
                 base_path = str(base_folder)
             save_peft(folder, spec.config, spec.lora, role.weights["adapters"], base_path, head, spec.answer_mark)
             if is_main_process():

@@ -13,6 +13,7 @@ from rlhf_jax.distributed.sharding import TRAINING, Table, tree_shardings
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.leaves import axes, base_leaves, count, shapes
 from rlhf_jax.models.lora import adapter_axes, init_adapters
+from rlhf_jax.models.quantized import quantized_axes, quantized_shapes
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import checkpoint_config, checkpoint_tokenizer, computed
 
@@ -55,14 +56,25 @@ def base_of(context: Context, reference: str) -> str:
     return _continued(context, stages[reference].init, reference)
 
 
+def base_kind(context: Context, reference: str) -> str:
+    """What a model's base is kept in: "" (plain arrays), "int8" or "nf4"."""
+    stages = context.experiment.stages
+    if reference not in stages or not stages[reference].lora.rank:
+        return ""
+    return stages[reference].compute.base or base_kind(context, stages[reference].init)
+
+
 def _continued(context: Context, start: str, stage: str) -> str:
     """The base of what `stage` makes of `start`, as `artifacts.continue_role` does."""
     stages = context.experiment.stages
-    lora = stages[stage].lora
+    lora, compute = stages[stage].lora, stages[stage].compute
     old = stages[start].lora if start in stages else None
-    if not lora.rank or stages[stage].compute.param_dtype or (old is not None and old.rank and old != lora):
+    adapted = old is not None and old.rank > 0
+    kind = compute.base or base_kind(context, start)
+    if not lora.rank or compute.param_dtype or (adapted and (old != lora or kind != base_kind(context, start))):
         return stage
-    return base_of(context, start)
+    owner = base_of(context, start)
+    return f"{owner} in {kind}" if kind and not owner.endswith(kind) else owner
 
 
 def role_bases(context: Context) -> dict[str, str]:
@@ -103,17 +115,21 @@ def describe(context: Context) -> list[str]:
         return [f"model: known once {config.tokenizer} is there"]
     shape = computed(shape, config.compute)
     base = base_leaves(shape)
-    held = bytes_per_device(shapes(base, shape.param_dtype), axes(base), mesh)
+    full = bytes_per_device(shapes(base, shape.param_dtype), axes(base), mesh)
+    kind, held = base_kind(context, context.name), full
+    if kind:
+        small = quantized_shapes(shape, kind)
+        held = bytes_per_device(small, quantized_axes(shape, small), mesh)
     lines = [
         f"{shape.family} decoder, {count(base) / 1e6:.2f}M parameters in {shape.param_dtype}, products in "
-        f"{shape.dtype}, remat {shape.remat}, attention {shape.attention}"
+        f"{shape.dtype}, remat {shape.remat}, attention {shape.attention}" + (f", base in {kind}" if kind else "")
     ]
     lora = context.lora()
     if lora is not None:
         like = jax.eval_shape(lambda: init_adapters(shape, lora, key=jax.random.key(0)))
         trained = bytes_per_device(like, adapter_axes(shape, like), mesh) // 4
     else:
-        trained = held // (2 if shape.param_dtype == "bfloat16" else 4)
+        trained = full // (2 if shape.param_dtype == "bfloat16" else 4)
     roles = {context.name: base_of(context, context.name)}
     train = trained * (_moments(config, shape.param_dtype if lora is None else "float32") + (4 if lora else 0))
     if config.kind == "ppo":
@@ -122,10 +138,10 @@ def describe(context: Context) -> list[str]:
         for role, owner in roles.items():
             groups.setdefault(owner, []).append(role)
         lines.append("bases: " + "; ".join(f"{'+'.join(names)} on {owner}" for owner, names in groups.items()))
-    total = held * len(set(roles.values())) + train
+    total = sum(held if kind and owner.endswith(kind) else full for owner in set(roles.values())) + train
     lines.append(
         f"memory per device: {total / 2**30:.3f} GiB in weights, gradients and optimizer ({len(set(roles.values()))} "
-        f"base(s) of {held / 2**30:.3f}), activations and caches not counted"
+        f"base(s)), activations and caches not counted"
     )
     tensor = mesh.shape["tensor"]
     if shape.kv_heads % tensor:

@@ -123,6 +123,7 @@ def run(context: Context) -> dict[str, Any]:
         critic = start if foreign else reward
         value = continue_role(critic, context.lora(), config.compute, key=context.key("value adapters"))
         value.weights["head"] = init_head(value.spec.config.width, 0.0, key=context.key("value head"))
+        del start, critic  # a base that policy and value do not read is let go
         # The reference is the policy's starting weights; training works on a copy (`init_state`).
         reference = policy.weights
         prompts = Prompts(context, policy, config.data)

@@ -2,7 +2,8 @@
 
 `<stage>/model/` holds the weights, `<stage>/model.json` the decoder's shape, the adapters' settings, who owns the base
 (a stage, or a checkpoint folder), fingerprints, and the tokenizer. A role with adapters stores no base: roles share one
-where it is the same.
+where it is the same. A quantized base is made again from its owner's, which gives the same codes; only where nothing
+owns what it was made from (merged adapters) it is stored itself.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from rlhf_jax.distributed.sharding import tree_shardings
@@ -29,6 +31,7 @@ from rlhf_jax.models.pretrained import (
     load_reward_model,
     read_config,
 )
+from rlhf_jax.models.quantized import cast_base, quantize_base, quantized_shapes
 from rlhf_jax.models.roles import RoleSpec, Weights, merged_base, weight_axes
 from rlhf_jax.training.checkpoints import load_tree, save_tree, write_json
 from rlhf_jax.training.state import fingerprint
@@ -41,7 +44,7 @@ class Role:
     """A loaded role: its weights on the mesh, and where its base came from.
 
     `base_stage` and `base_checkpoint` say who holds the base on disk, a stage or a Hugging Face folder; both are empty
-    while nothing does.
+    while nothing does. Of a quantized base they say who holds what it was made from. `bases` are those loaded with it.
     """
 
     spec: RoleSpec
@@ -49,6 +52,7 @@ class Role:
     tokenizer: Tokenizer
     base_stage: str = ""
     base_checkpoint: str = ""
+    bases: Bases = dataclasses.field(default_factory=dict, repr=False)
 
 
 def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
@@ -56,13 +60,14 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
     owns = not role.base_checkpoint and role.base_stage in ("", stage)
     parts = {name: part for name, part in role.weights.items() if name != "base" or owns}
     prints = {name: fingerprint(part) for name, part in role.weights.items()}
-    save_tree(workdir / stage / "model", parts)
+    save_tree(workdir / stage / "model", jax.tree.map(lambda leaf: leaf.astype(_stored(leaf.dtype)), parts))
     lora, path = role.spec.lora, role.tokenizer.path
     inside = path.is_relative_to(workdir)  # then the work directory can be moved
     info = {
         "model": role.spec.config.to_dict(),
         "lora": dataclasses.asdict(lora) if lora else None,
         "answer_mark": role.spec.answer_mark,
+        "base_kind": role.spec.base,
         "parts": sorted(parts),
         "base_stage": stage if owns else role.base_stage,
         "base_checkpoint": role.base_checkpoint,
@@ -73,13 +78,18 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
     return prints
 
 
+def _stored(dtype: Any) -> Any:
+    """What an array is written in: Orbax's format has no 4-bit unsigned integers."""
+    return jnp.uint8 if dtype == jnp.uint4 else dtype
+
+
 def _like(spec: RoleSpec, parts: list[str], mesh: Mesh) -> Weights:
     """What `parts` of a role's weights look like on the mesh."""
     config, key = spec.config, jax.random.key(0)
-    like: Weights = {
-        "base": shapes(base_leaves(config), config.param_dtype),
-        "head": jax.eval_shape(partial(init_head, config.width, 1.0), key=key),
-    }
+    like: Weights = {"head": jax.eval_shape(partial(init_head, config.width, 1.0), key=key)}
+    if "base" in parts:
+        whole = shapes(base_leaves(config), config.param_dtype)
+        like["base"] = quantized_shapes(config, spec.base) if spec.base else whole
     if spec.lora is not None:
         like["adapters"] = jax.eval_shape(partial(init_adapters, config, spec.lora), key=key)
     like = {name: like[name] for name in parts}
@@ -106,16 +116,15 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: Bases) -> Role:
     """
     info = read_info(workdir, stage)
     lora = LoraConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])}) if info["lora"] else None
-    spec = RoleSpec(TransformerConfig.from_dict(info["model"]), lora, info["answer_mark"])
-    weights = load_tree(workdir / stage / "model", _like(spec, info["parts"], mesh))
+    spec = RoleSpec(TransformerConfig.from_dict(info["model"]), lora, info["answer_mark"], info.get("base_kind", ""))
+    like = _like(spec, info["parts"], mesh)
+    written = jax.tree.map(lambda s: s.update(dtype=_stored(s.dtype)), like)
+    weights = jax.tree.map(lambda leaf, s: leaf.astype(s.dtype), load_tree(workdir / stage / "model", written), like)
     owner = info["base_checkpoint"]
     if "base" not in weights:
         wanted = (info["fingerprints"]["base"], mesh)
         if wanted not in bases:
-            if owner:
-                bases[wanted] = _checkpoint_base(Path(owner), mesh, spec.config.param_dtype)
-            else:
-                bases[wanted] = load_role(workdir, info["base_stage"], mesh, bases).weights["base"]
+            bases[wanted] = _owned_base(workdir, spec, info["base_stage"], owner, mesh, bases)
         weights = {**weights, "base": bases[wanted]}
     prints = {name: fingerprint(part) for name, part in weights.items()}
     for name, seen in prints.items():
@@ -129,7 +138,17 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: Bases) -> Role:
     tokenizer = load_tokenizer(workdir / info["tokenizer"]["path"])
     if tokenizer.identity != info["tokenizer"]["identity"]:
         raise UserError(f"{tokenizer.path} is not the tokenizer stage {stage} was trained with: put that one back")
-    return Role(spec, weights, tokenizer, info["base_stage"], owner)
+    return Role(spec, weights, tokenizer, info["base_stage"], owner, bases)
+
+
+def _owned_base(workdir: Path, spec: RoleSpec, stage: str, checkpoint: str, mesh: Mesh, bases: Bases) -> Any:
+    """The base of a role that stores none: its owner's, quantized where the role's is and the owner's is not."""
+    if checkpoint:
+        base, kind = _checkpoint_base(Path(checkpoint), mesh, spec.config.param_dtype), ""
+    else:  # what is only quantized here does not stay in memory
+        owner = load_role(workdir, stage, mesh, dict(bases) if spec.base else bases)
+        base, kind = owner.weights["base"], owner.spec.base
+    return base if kind == spec.base else quantize_base(spec.config, base, spec.base)
 
 
 def _checkpoint_base(folder: Path, mesh: Mesh, param_dtype: str) -> Any:
@@ -166,7 +185,7 @@ def load_checkpoint(folder: Path, mesh: Mesh, bases: Bases, param_dtype: str = "
         weights |= jax.device_put(own, tree_shardings(own, weight_axes(spec, own), mesh))
     tokenizer = checkpoint_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, str(folder))
-    return Role(spec, weights, tokenizer, base_checkpoint=str(owner.absolute()))
+    return Role(spec, weights, tokenizer, base_checkpoint=str(owner.absolute()), bases=bases)
 
 
 def base_folder(folder: Path) -> Path:
@@ -216,20 +235,36 @@ def continue_role(role: Role, lora: LoraConfig | None, compute: Any = None, *, k
     The same adapter settings go on with the adapters on the shared base; fresh adapters share the base of a role
     without any; any other change merges the old adapters, and the role gets its own base, as it does where the
     parameters' dtype changes. The head is left out.
+
+    With `compute.base` that base is quantized (which changes the function by its rounding), once for all roles loaded
+    together; without it a quantized base stays one as long as there are adapters over it.
     """
     old, config = role.spec.config, role.spec.config if compute is None else computed(role.spec.config, compute)
-    spec, cast = RoleSpec(config, lora), config.param_dtype != old.param_dtype
-    together = lora is not None and lora == role.spec.lora
+    kind = ("" if compute is None else compute.base) or role.spec.base if lora else ""
+    spec, cast = RoleSpec(config, lora, base=kind), config.param_dtype != old.param_dtype
+    together = lora is not None and lora == role.spec.lora and role.spec.base in ("", kind)
     weights: Weights = {"base": role.weights["base"] if together else merged_base(role.spec, role.weights)}
     if cast:
-        weights["base"] = jax.tree.map(lambda leaf: leaf.astype(config.param_dtype), weights["base"])
+        weights["base"] = cast_base(weights["base"], config.param_dtype)
+    if kind and not (together and role.spec.base):
+        weights["base"] = _quantized(config, weights["base"], kind, role.bases)
     if together:
         weights["adapters"] = role.weights["adapters"]
     elif lora is not None:
         weights["adapters"] = init_adapters(config, lora, key=key)
     shared = lora is not None and not cast and (together or role.spec.lora is None)
     owner = (role.base_stage, role.base_checkpoint) if shared else ("", "")
-    return Role(spec, weights, role.tokenizer, *owner)
+    return Role(spec, weights, role.tokenizer, *owner, bases=role.bases)
+
+
+def _quantized(config: TransformerConfig, base: Any, kind: str, bases: Bases) -> Any:
+    """The quantized base, one for all roles that ask; `bases` no longer keeps the one it was made from."""
+    small, sharding = quantize_base(config, base, kind), base["embedding"].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    if not isinstance(mesh, Mesh):
+        return small
+    bases.pop((fingerprint(base), mesh), None)
+    return bases.setdefault((fingerprint(small), mesh), small)
 
 
 def role_memory(roles: dict[str, Weights]) -> dict[str, dict[str, Any]]:

@@ -53,7 +53,8 @@ def on_mesh(spec, weights, mesh):
 
 
 def optimizer():
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b2=0.95, weight_decay=0.01))
+    # Adam divides by |gradient| + eps: an eps above the gradients' rounding (1e-9) keeps it from becoming whole steps.
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b2=0.95, eps=1e-6, weight_decay=0.01))
 
 
 def place(rows, mesh):

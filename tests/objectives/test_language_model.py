@@ -68,7 +68,11 @@ def test_bfloat16_states_are_scored_in_float32():
 
 
 def naive(hidden, kernel, targets, temperature):
-    logp = jax.nn.log_softmax(hidden @ kernel / temperature)
+    return naive_logprobs(hidden @ kernel / temperature, targets)
+
+
+def naive_logprobs(logits, targets):
+    logp = jax.nn.log_softmax(logits)
     return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
@@ -88,6 +92,60 @@ def test_gradients_equal_those_of_the_naive_form(chunk, temperature):
     for ours, expected in zip(gradients(token_logprobs), gradients(naive), strict=True):
         assert ours.shape == expected.shape and ours.dtype == expected.dtype
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0])
+def test_a_soft_cap_equals_one_in_float64(chunk, softcap, temperature):
+    """The cap comes before the temperature."""
+    hidden, kernel, targets = problem()
+    score = jax.jit(lambda *args: token_logprobs(*args, temperature, softcap))
+    logits = softcap * np.tanh(hidden.astype(np.float64) @ kernel.astype(np.float64) / softcap)
+    logp = log_softmax(logits / temperature)
+    logprobs, entropy = score(hidden, kernel, targets)
+    expected = np.take_along_axis(logp, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(entropy, -(np.exp(logp) * logp).sum(-1), rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(logprobs) - in_float64(hidden, kernel, targets, temperature)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("softcap", [0.5, 3.0])
+def test_gradients_through_a_soft_cap_equal_those_of_the_naive_form(chunk, softcap, temperature):
+    hidden, kernel, targets = problem(seed=1)
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(2, BATCH, LENGTH)).astype(np.float32)
+
+    def naive_capped(hidden, kernel, targets):
+        return naive_logprobs(softcap * jnp.tanh(hidden @ kernel / softcap) / temperature, targets)
+
+    def gradients(function):
+        def combination(hidden, kernel):
+            logprobs, entropy = function(hidden, kernel, targets)
+            return jnp.sum(a * logprobs + b * entropy)
+
+        return jax.jit(jax.grad(combination, argnums=(0, 1)))(hidden, kernel)
+
+    ours = gradients(lambda *args: token_logprobs(*args, temperature, softcap))
+    for found, expected in zip(ours, gradients(naive_capped), strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert np.abs(expected).max() > 1e-2
+
+
+def test_logits_far_beyond_the_soft_cap_pass_no_gradient_and_no_nan():
+    hidden, kernel, targets = problem(scale=1000.0)
+
+    def total(hidden):
+        logprobs, entropy = token_logprobs(hidden, kernel, targets, 1.0, 2.0)
+        return jnp.sum(logprobs) + jnp.sum(entropy), logprobs
+
+    gradient, logprobs = jax.jit(jax.grad(total, has_aux=True))(hidden)
+    assert np.isfinite(gradient).all() and np.isfinite(logprobs).all()
+    saturated = (np.abs(hidden @ kernel) > 50).all(-1)  # every logit is +-2
+    assert saturated.sum() > 10 and (np.asarray(gradient)[saturated] == 0).all()
+    lowest = -4 - np.log(VOCAB)  # of a token at -2 while all others are at 2
+    assert (np.asarray(logprobs) > lowest).all()
 
 
 def test_no_program_holds_all_logits(monkeypatch):
