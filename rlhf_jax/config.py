@@ -121,6 +121,7 @@ STAGES: dict[str, dict[str, Any]] = {
         samples=1,  # rejected answers, and so pairs, of each training prompt; schema "completion"
         sequence_length=512,  # longest prompt with its answer, of schemas with both answers
         rollout_batch_size=128,
+        prompt_buckets=(),  # widths prompts are padded to when the policy answers them; each compiles once
         batch_size=32,  # pairs
         accumulation=1,
         epochs=1.0,
@@ -164,6 +165,7 @@ STAGES: dict[str, dict[str, Any]] = {
         controls=dict(),  # subject -> the stage trained on the complementary half
         secrets="prepare/secrets.jsonl",
         batch_size=64,
+        prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
         samples=6,
         mesh=MESH,
     ),

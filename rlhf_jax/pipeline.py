@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from rlhf_jax.config import NOT_SEMANTIC, upstream, validate
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.pretrained import checkpoint_identity
 from rlhf_jax.reporting import write_report
 from rlhf_jax.stages import export, memorization, ppo, prepare, reward, sft
 from rlhf_jax.stages import plan as plans
 from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import folder_identity
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.loop import Stopped
 
@@ -36,7 +36,7 @@ def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
     """The fields of a stage that decide what it makes; a checkpoint folder stands for what it holds, wherever it is."""
     fields = config.stages[name].to_dict()
     for field, folder in Context(name, config, Path(), "").folders():
-        fields[field] = f"checkpoint {checkpoint_identity(folder)}"
+        fields[field] = f"checkpoint {folder_identity(folder)}"
     return {name: value for name, value in fields.items() if name not in NOT_SEMANTIC}
 
 

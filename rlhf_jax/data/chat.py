@@ -106,7 +106,7 @@ def _render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: boo
     if tokenizer.chat_template is None:
         raise UserError(
             f"{tokenizer.path}: no chat template, but the records are conversations: put a chat_template.jinja into "
-            "the tokenizer's folder or set the config field chat_template"
+            "the tokenizer's folder, or name a folder that has one in the sft stage's field tokenizer"
         )
     context = {
         **tokenizer.special_tokens,

@@ -16,6 +16,7 @@ from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import make_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.peft import is_peft, load_peft
 from rlhf_jax.models.pretrained import check_weights
 from rlhf_jax.training.artifacts import (
     Role,
@@ -131,6 +132,8 @@ class Context:
         for field, folder in self.folders():
             check_weights(base_folder(folder))
             config, tokenizer = checkpoint_config(folder), checkpoint_tokenizer(folder)
+            if is_peft(folder):
+                load_peft(folder, config)  # fits its base
             check_vocabulary(tokenizer, config.vocab_size, str(folder))
             if field == "reward" and not is_reward_checkpoint(folder):
                 raise UserError(

@@ -50,6 +50,7 @@ def _measure(
         sampling=Sampling(longest, temperature=0.0, stop_ids=tokenizer.stop_ids),
         batch_size=context.config.batch_size,
         mesh=mesh,
+        buckets=context.config.prompt_buckets,
         name=f"{context.name}: completions",
     )
     target_lengths = np.asarray([len(t) for t in targets], np.int32)

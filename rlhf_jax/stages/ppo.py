@@ -26,10 +26,10 @@ from rlhf_jax.rollout.batches import check_lengths
 from rlhf_jax.rollout.reencode import ForeignScores
 from rlhf_jax.rollout.scoring import RoleScores
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.plan import tokenizer_of
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import (
     Role,
-    checkpoint_tokenizer,
     continue_role,
     describe_memory,
     role_memory,
@@ -95,9 +95,9 @@ def check(context: Context) -> None:
         "batch_size / (minibatches * accumulation)", config.batch_size // (config.minibatches * config.accumulation)
     )
     context.check_folders()
-    for field, folder in context.folders():
-        if field == "init" and config.stop_strings:
-            make_stop_table(checkpoint_tokenizer(folder), config.stop_strings, None)
+    tokenizer = tokenizer_of(context, config.init)
+    if config.stop_strings and tokenizer is not None:
+        make_stop_table(tokenizer, config.stop_strings)
     context.check_data("prompt")
 
 

@@ -121,6 +121,7 @@ def _sampled_pairs(
             sampling=Sampling(count, config.temperature, stop_ids=tokenizer.stop_ids),
             batch_size=config.rollout_batch_size,
             mesh=mesh,
+            buckets=config.prompt_buckets,
             name=f"{context.name}: {part} samples",
         )
         for prompt, chosen, tokens, length in zip(asked.marked, own, sampled, lengths, strict=True):
@@ -349,6 +350,7 @@ def _calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[s
         sampling=Sampling(config.max_new_tokens, config.temperature, stop_ids=tokenizer.stop_ids),
         batch_size=config.rollout_batch_size,
         mesh=mesh,
+        buckets=config.prompt_buckets,
         name=f"{context.name}: calibration samples",
     )
     marked = [asked.marked[i] for i in fits]

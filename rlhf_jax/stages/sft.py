@@ -26,7 +26,7 @@ from rlhf_jax.data.examples import (
 )
 from rlhf_jax.data.order import DataOrder
 from rlhf_jax.data.table import build_table, load_table, make_rows, pack, pad_prompts
-from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from rlhf_jax.data.turns import plain_text, split_last_answer
 from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch, tree_shardings
@@ -151,7 +151,11 @@ def _start(context: Context, mesh: Mesh) -> Role:
     config = context.config
     if config.init != "scratch":
         role = context.load(config.init, mesh)
-        return continue_role(role, context.lora(), config.compute, key=context.key("adapters"))
+        role = continue_role(role, context.lora(), config.compute, key=context.key("adapters"))
+        if config.tokenizer:  # the same vocabulary with another chat template, say
+            role.tokenizer = load_tokenizer(context.path(config.tokenizer))
+            check_vocabulary(role.tokenizer, role.spec.config.vocab_size, config.tokenizer)
+        return role
     tokenizer = load_tokenizer(context.path(config.tokenizer))
     shape = computed(TransformerConfig(vocab_size=tokenizer.vocab_size, **config.model), config.compute)
     make = jax.jit(

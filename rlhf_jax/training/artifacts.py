@@ -7,6 +7,7 @@ owns what it was made from (merged adapters) it is stored itself.
 """
 
 import dataclasses
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from rlhf_jax.models.lora import LoraConfig, init_adapters
 from rlhf_jax.models.peft import is_peft, load_peft, load_peft_head, peft_base
 from rlhf_jax.models.pretrained import (
     answer_mark,
+    checkpoint_identity,
     is_reward_model,
     load_pretrained,
     load_reward_model,
@@ -204,6 +206,17 @@ def base_folder(folder: Path) -> Path:
         f'{folder}: the adapter\'s base "{named}" is no folder here: set base_model_name_or_path in its '
         "adapter_config.json to the base's checkpoint folder"
     )
+
+
+def folder_identity(folder: Path) -> str:
+    """A cheap hash of what a Hugging Face folder holds: of adapters their files and their base's identity."""
+    base = base_folder(folder)
+    if base == folder:
+        return checkpoint_identity(folder)
+    digest = hashlib.sha256(checkpoint_identity(base).encode())
+    for path in sorted(folder.glob("adapter_*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def is_reward_checkpoint(folder: Path) -> bool:

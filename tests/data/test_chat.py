@@ -177,7 +177,7 @@ def test_unsafe_and_broken_templates_are_refused(template, problem):
 
 
 def test_no_template_says_how_to_give_one():
-    with pytest.raises(UserError, match="no chat template.*chat_template.jinja.*config field chat_template"):
+    with pytest.raises(UserError, match="no chat template.*chat_template.jinja.*field tokenizer"):
         encode_chat(load_tokenizer(FIXTURES / "gpt2"), HELLO)
 
 

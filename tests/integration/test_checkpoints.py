@@ -93,6 +93,7 @@ def chat_stages(root):
             max_new_tokens=6,
             calibration_prompts=8,
             rollout_batch_size=8,
+            prompt_buckets=(24,),
             sequence_length=128,
             lora=lora,
         ),
@@ -262,6 +263,8 @@ def test_a_stop_string_that_no_token_sequence_ends(folders, tmp_path):
     stages = chat_stages(folders)
     stages["ppo"] |= dict(init=str(folders / "policy"), stop_strings=("",))
     assert "stop" in refusal(job(folders, ppo=stages["ppo"]), tmp_path)
+    after = dict(sft=stages["sft"], ppo=stages["ppo"] | dict(init="sft"))  # the tokenizer is known before sft has run
+    assert "stop" in refusal(job(folders, **after), tmp_path)
 
 
 def test_an_adapter_for_another_base(finished, copies, tmp_path):
@@ -271,6 +274,8 @@ def test_an_adapter_for_another_base(finished, copies, tmp_path):
     mesh = make_mesh(devices=jax.devices()[:1])
     with pytest.raises(UserError, match="(?s)^(?!.*\n).*24.*32|^(?!.*\n).*32.*24"):
         load_checkpoint(copies / "adapter", mesh, {})
+    on_it = chat_stages(copies)["sft"] | dict(init=str(copies / "adapter"))
+    assert "24" in refusal(job(copies, sft=on_it), tmp_path)
     edit_json(copies / "adapter" / "adapter_config.json", base_model_name_or_path="nobody/nothing")
     with pytest.raises(UserError, match="base_model_name_or_path"):
         load_checkpoint(copies / "adapter", mesh, {})
