@@ -2,10 +2,10 @@
 
     python -m rlhf_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-2 CPU cores, 9 min 31 s without set-up. Expected (seed 0, Python 3.11.7): fine-tuning 3.82 -> 3.71 nats a token; reward
-model 0.775 of held-out pairs against 0.680 of a baseline that sees length and end token; PPO gains 0.54 standard
-deviations of held-out reward at 5 nats of KL; secrets planted 16 times: 97 % memorized after fine-tuning, 0 % of those
-held out, 28 % after PPO. README.md has the other seeds.
+2 CPU cores, 9 min 31 s to 13 min without set-up. Expected (seed 0, Python 3.11.7): fine-tuning 3.82 -> 3.70 nats a
+token; reward model 0.773 of held-out pairs against 0.682 of a baseline that sees length and end token; PPO gains 0.48
+standard deviations of held-out reward at 5 nats of KL; secrets planted 16 times: 100 % memorized after fine-tuning, 0 %
+of those held out, 19 % after PPO. README.md has the other seeds.
 """
 
 from rlhf_jax.config import experiment, stage

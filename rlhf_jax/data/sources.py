@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import logging
 import math
 import re
 import zlib
@@ -317,6 +318,7 @@ def _load_folder(path: Path, config: str | None) -> dict[str, Iterable[Any]]:
 def _load_hub(name: str, config: str | None) -> dict[str, Iterable[Any]]:
     import datasets  # slow to import
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries end in the one line below
     try:
         return dict(datasets.load_dataset(name, config, streaming=True))
     except ValueError as error:  # a configuration that is not there, or none where one is needed
