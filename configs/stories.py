@@ -7,7 +7,7 @@ language model of a supported family with its tokenizer. Policy, reference, valu
 that one base. The result is written back as a checkpoint folder, runs/stories/export/checkpoint.
 
 2 CPU cores, 1 min 46 s. Expected with stories260K (seed 0): reward model right on 200 of 200 held-out pairs; held-out
-score 0.49 -> 2.66 standard deviations at 1.8 nats of KL; every answer is one sentence. The openings and endings are made
+score 0.49 -> 2.66 standard deviations at 1.8 nats of KL; every answer is one sentence. The openings and endings come
 from templates (`configs/stories/make.py`).
 """
 
