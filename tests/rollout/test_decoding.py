@@ -71,6 +71,11 @@ CONFIGS = {
     "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.5), activation="relu"),
 }
 families = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+# Rope scalings share all but a table of frequencies with llama: their gradients are left to the slow run.
+SLOW = {"linear", "llama3", "yarn"}
+trained_families = pytest.mark.parametrize(
+    "config", [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, c in CONFIGS.items()]
+)
 
 BATCH, WIDTH, COUNT = 4, 7, 9
 LENGTHS = np.array([7, 1, 5, 2], np.int32)  # holes of 0, 6, 2 and 5 slots between prompt and answer
@@ -156,7 +161,7 @@ def test_unrolled_on_prepared_weights_equals_the_scan(config):
         np.testing.assert_allclose(unrolled, scanned, rtol=0, atol=1e-5 * np.abs(scanned).max())
 
 
-@families
+@trained_families
 def test_gradients_are_finite_and_the_same_whatever_is_saved(config):
     params = weights(config)
     tokens = np.random.default_rng(1).integers(0, 29, (2, 8)).astype(np.int32)
