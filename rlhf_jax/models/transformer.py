@@ -138,25 +138,43 @@ def block(
     return constrain(x + fed_forward(norm("ffn_norm", x)), "batch", None, None)
 
 
+def _attend_whole(
+    config: TransformerConfig, q: Array, k: Array, v: Array, segment_ids: Array | None, window: int
+) -> Array:
+    """Attention of all tokens of a row to those before them; queries and keys are at their positions."""
+    return self_attention(
+        q,
+        k,
+        v,
+        scale=config.scale,
+        softcap=config.attention_softcap,
+        window=window,
+        segment_ids=segment_ids,
+        implementation=config.attention,
+    )
+
+
 def _whole_attention(
     config: TransformerConfig, positions: Array, segment_ids: Array | None, window: int
 ) -> Callable[[Array, Array, Array], Array]:
-    """Attention of all tokens of a row to those before them, in a layer with `window`."""
+    """Attention of whole rows, in a layer with `window`."""
     turn = rotary.table(config, positions, windowed=window > 0)
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        return self_attention(
-            rotary.rotate(q, turn),
-            rotary.rotate(k, turn),
-            v,
-            scale=config.scale,
-            softcap=config.attention_softcap,
-            window=window,
-            segment_ids=segment_ids,
-            implementation=config.attention,
-        )
+        return _attend_whole(config, rotary.rotate(q, turn), rotary.rotate(k, turn), v, segment_ids, window)
 
     return attention
+
+
+def _written(
+    config: TransformerConfig, cache: Cache, layer: int, k: Array, v: Array, at: Array | int
+) -> tuple[Array, Array]:
+    """A layer's keys and values with those of new tokens, (B, T, kv_heads, head_dim), in the slots from `at` on."""
+    keys, values = jnp.moveaxis(k, 1, 3).astype(config.dtype), jnp.moveaxis(v, 1, 2).astype(config.dtype)
+    return (
+        jax.lax.dynamic_update_slice(cache.keys[layer], keys, (0, 0, 0, at)),
+        jax.lax.dynamic_update_slice(cache.values[layer], values, (0, 0, at, 0)),
+    )
 
 
 class _View(NamedTuple):
@@ -191,12 +209,7 @@ def _step_attention(
 
     def attention(q: Array, k: Array, v: Array) -> Array:
         q, k = rotary.rotate(q, turn), rotary.rotate(k, turn)
-        keys = jax.lax.dynamic_update_slice(
-            cache.keys[layer], jnp.moveaxis(k, 1, 3).astype(config.dtype), (0, 0, 0, cache.index)
-        )
-        values = jax.lax.dynamic_update_slice(
-            cache.values[layer], jnp.moveaxis(v, 1, 2).astype(config.dtype), (0, 0, cache.index, 0)
-        )
+        keys, values = _written(config, cache, layer, k, v, cache.index)
         written.append((keys, values))
         batch, _, heads, head_dim = q.shape
         grouped = (q * config.scale).reshape(batch, config.kv_heads, heads // config.kv_heads, head_dim)
@@ -216,16 +229,11 @@ def _prefill_attention(
     """Attention of a prompt to itself; its keys and values fill the first slots of the empty cache."""
     window = config.window(layer)
     turn = rotary.table(config, positions, windowed=window > 0)
-    whole = _whole_attention(config, positions, None, window)
 
     def attention(q: Array, k: Array, v: Array) -> Array:
-        stored = jnp.moveaxis(rotary.rotate(k, turn), 1, 3).astype(config.dtype)
-        keys = jax.lax.dynamic_update_slice(cache.keys[layer], stored, (0, 0, 0, 0))
-        values = jax.lax.dynamic_update_slice(
-            cache.values[layer], jnp.moveaxis(v, 1, 2).astype(config.dtype), (0, 0, 0, 0)
-        )
-        written.append((keys, values))
-        return whole(q, k, v)
+        q, k = rotary.rotate(q, turn), rotary.rotate(k, turn)
+        written.append(_written(config, cache, layer, k, v, 0))
+        return _attend_whole(config, q, k, v, None, window)
 
     return attention
 

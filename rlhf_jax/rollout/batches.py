@@ -28,6 +28,16 @@ def check_lengths(prompts: Sequence[Sequence[int]], new_tokens: int, context: in
             )
 
 
+def bucket_widths(buckets: Sequence[int], longest: int) -> list[int]:
+    """Widths that prompts are padded to, narrowest first: the buckets below `longest`, and `longest` itself."""
+    return [*(width for width in sorted(buckets) if width < longest), longest]
+
+
+def narrowest(widths: Sequence[int], length: int) -> int:
+    """The narrowest of the `bucket_widths` that holds `length` tokens."""
+    return next(width for width in widths if width >= length)
+
+
 def _take(rows: dict[str, np.ndarray], mine: np.ndarray) -> dict[str, np.ndarray]:
     return {name: field[mine] for name, field in rows.items()}
 
@@ -60,11 +70,10 @@ def answer_all(
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(prompts)) // shards) * shards
-    longest = max(len(ids) for ids in prompts)
-    widths = [*(width for width in sorted(buckets) if width < longest), longest]
+    widths = bucket_widths(buckets, max(len(ids) for ids in prompts))
     groups: dict[int, list[int]] = {width: [] for width in widths}
     for number, ids in enumerate(prompts):
-        groups[next(width for width in widths if width >= len(ids))].append(number)
+        groups[narrowest(widths, len(ids))].append(number)
     batches = [
         (width, numbers[start : start + size])
         for width, numbers in groups.items()

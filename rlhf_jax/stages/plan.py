@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import is_folder
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhf_jax.distributed.sharding import TRAINING, Table, tree_shardings
+from rlhf_jax.distributed.sharding import tree_shardings
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.leaves import axes, base_leaves, count, shapes
 from rlhf_jax.models.lora import adapter_axes, init_adapters
@@ -21,8 +21,6 @@ from rlhf_jax.training.artifacts import checkpoint_config, checkpoint_tokenizer,
 def tokenizer_of(context: Context, reference: str) -> Tokenizer | None:
     """The tokenizer of a stage or checkpoint folder, where it is there already."""
     stages = context.experiment.stages
-    if is_folder(stages, reference):
-        return checkpoint_tokenizer(Path(reference).expanduser())
     while reference in stages:
         config = stages[reference]
         if config.get("tokenizer"):
@@ -93,9 +91,9 @@ def role_bases(context: Context) -> dict[str, str]:
     }
 
 
-def bytes_per_device(like: Any, names: Any, mesh: Mesh, table: Table = TRAINING) -> int:
-    """What a tree takes on one device when it is placed by `table`."""
-    at = tree_shardings(like, names, mesh, table)
+def bytes_per_device(like: Any, names: Any, mesh: Mesh) -> int:
+    """What a tree takes on one device when it is placed as in training."""
+    at = tree_shardings(like, names, mesh)
     each = jax.tree.map(lambda s, sharding: math.prod(sharding.shard_shape(s.shape)) * s.dtype.itemsize, like, at)
     return sum(jax.tree.leaves(each))
 

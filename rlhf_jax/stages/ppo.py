@@ -22,7 +22,7 @@ from rlhf_jax.distributed.sharding import fetch, place_batch, replicated
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import scaled_adapters, split, training_passes, weight_axes
 from rlhf_jax.rollout import Rollout, Sampling, generate
-from rlhf_jax.rollout.batches import check_lengths
+from rlhf_jax.rollout.batches import bucket_widths, check_lengths, narrowest
 from rlhf_jax.rollout.reencode import ForeignScores
 from rlhf_jax.rollout.scoring import RoleScores
 from rlhf_jax.stages.context import Context
@@ -62,7 +62,7 @@ class Prompts:
         ids = [prompt_ids(role.tokenizer, text) for text in self.texts]
         check_lengths(ids, config.max_new_tokens, role.spec.config.context, data)
         self.longest = max(len(x) for x in ids)
-        self.buckets = [*(b for b in sorted(config.prompt_buckets) if b < self.longest), self.longest]
+        self.widths = bucket_widths(config.prompt_buckets, self.longest)
         self.rows = pad_prompts(ids, self.longest)
         self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
 
@@ -71,7 +71,7 @@ class Prompts:
 
     def place(self, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
         """{"prompts", "lengths", "row_ids"} on the mesh; a record's draws differ from epoch to epoch."""
-        width = next(b for b in self.buckets if b >= self.rows["lengths"][rows].max())
+        width = narrowest(self.widths, self.rows["lengths"][rows].max())
 
         def load(mine: np.ndarray) -> dict[str, np.ndarray]:
             chosen = rows[mine]
