@@ -1,4 +1,4 @@
-"""What an experiment may say: the defaults of each stage kind, and the checks that need no data.
+"""What an experiment may say: the defaults of each stage kind, and what refers to what.
 
 A config file builds an experiment from `experiment()` and one `stage(kind, ...)` a stage::
 
@@ -13,7 +13,6 @@ A stage names what it depends on: another stage ("sft"), or a file of one ("prep
 
 import copy
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,6 +64,7 @@ OPTIMIZER = dict(
     b1=0.9,
     b2=0.95,
     eps=1e-8,
+    tf_epsilon=False,  # eps outside the bias correction, as TensorFlow's Adam: smaller first steps
     weight_decay=0.1,  # never on norms, biases and scalars
     clip_norm=1.0,  # global gradient norm; 0 switches clipping off
 )
@@ -81,7 +81,32 @@ TRAINABLE = dict(
     compute=COMPUTE, lora=LORA, optimizer=OPTIMIZER, checkpoint=CHECKPOINT, evaluation=EVALUATION, mesh=MESH
 )
 
+CHECKS = dict(  # what PPO watches in every iteration (`training.guards`)
+    enabled=True,
+    logprob_gap=0.0,  # largest mean |decode - score| of a token's log-probability, nats; 0: by the dtype of products
+    entropy_floor=0.1,  # warn below so much of the first iteration's entropy
+    length_floor=0.1,  # warn below so much of the first iteration's length
+    repeated=0.5,  # warn above this share of answers that another one of the batch repeats
+)
+REWARD_SOURCES = dict(
+    reward=REQUIRED,  # SOURCE[,SOURCE...]: a reward stage, a sequence-classification folder, or FILE.py:FUNCTION
+    reward_weights=(),  # one a source; () weighs each 1
+)
+PROMPTS: dict[str, Any] = dict(
+    data=REQUIRED,
+    schema="prompt",  # "prompt" | "text": the beginning of every text, of prefix_tokens tokens
+    prefix_tokens=(16, 32),  # fewest and most, of schema "text"
+    on_error="raise",
+    prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
+)
+
 STAGES: dict[str, dict[str, Any]] = {
+    "tokenizer": dict(
+        data=REQUIRED,  # records of schema "text" that a SentencePiece model is trained on
+        vocab_size=4096,
+        max_bytes=20_000_000,  # of text that it reads
+        on_error="raise",
+    ),
     "prepare": dict(
         source="python_stdlib",  # or a folder of .py files
         fractions=dict(pretrain=0.5, sft=0.2, preference=0.1, prompts=0.06, heldout=0.08, secrets=0.06),
@@ -113,7 +138,7 @@ STAGES: dict[str, dict[str, Any]] = {
         init=REQUIRED,  # a stage, or a checkpoint folder
         policy="",  # the stage or folder whose samples are rejected answers and calibrate the head; "" takes init
         data=REQUIRED,
-        schema="completion",  # "completion" (against the policy's samples) | "preference" | "safety" (PKU: the better)
+        schema="completion",  # "completion" (its own answer against the policy's) | "preference" | "safety" | "label"
         on_error="raise",
         max_new_tokens=32,
         temperature=1.0,
@@ -130,12 +155,12 @@ STAGES: dict[str, dict[str, Any]] = {
     ),
     "ppo": dict(
         init=REQUIRED,  # a stage, or a checkpoint folder
-        reward=REQUIRED,  # a reward stage, or a sequence-classification checkpoint folder (with its own tokenizer)
-        data=REQUIRED,  # prompts
-        on_error="raise",
-        prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
+        **REWARD_SOURCES,
+        **PROMPTS,
         iterations=50,  # rollouts
-        batch_size=64,  # prompts a rollout
+        batch_size=64,  # answers a rollout
+        samples=1,  # answers to each prompt: batch_size / samples prompts a rollout
+        rollout_parts=1,  # pieces a rollout is decoded in; reward functions read one while the next is decoded
         epochs=2,
         minibatches=2,
         accumulation=1,  # microbatches a minibatch
@@ -144,20 +169,88 @@ STAGES: dict[str, dict[str, Any]] = {
         top_k=0,
         top_p=1.0,
         stop_strings=(),  # an answer also ends where it spells one of these
+        # scores, in this order: normalized, clipped, then what a missing end costs
+        reward_normalization="",  # "" | "start" (by the first rollout's scores) | "running" (by all scores so far)
+        reward_clip=0.0,  # largest |score|; 0 clips nothing
+        missing_end="set",  # an answer without its stop token: its score is "set" to the penalty | "add": it is added
+        missing_end_penalty=-1.0,
         kl_coef=0.05,
+        kl_in="reward",  # "reward" | "loss"
+        kl_estimator="k1",  # "k1" | "k2" | "k3"; k1 in the loss has gradient 0 and is refused
+        kl_controller="fixed",  # "fixed" | "adaptive": kl_coef follows the sequence-summed KL to kl_target
+        kl_target=6.0,  # nats a sequence
+        kl_horizon=10_000,  # answers
         kl_limit=20.0,  # nats a sequence; reported against, and the summary says whether it held
-        missing_end_penalty=-1.0,  # the score of an answer without its stop token
+        # advantages
+        estimator="gae",  # "gae" (with a critic) | "rloo" | "grpo" | "dr_grpo" | "reinforce++"
         gamma=1.0,
         lam=0.95,
+        whiten_rewards=False,  # to variance 1; the mean stays
+        whiten_advantages=True,  # of gae and reinforce++
+        # losses
         clip_ratio=0.2,
+        ratio="token",  # "token" | "sequence" (GSPO)
+        dual_clip=0.0,  # bound on the loss of negative advantages, above 1; 0: none
+        loss_weighting="",  # "token" | "sequence" | "constant"; "" takes the estimator's own
+        critic="reward",  # starts from the "reward" model | the "policy"; "shared": a head on the policy itself
         value_clip=0.2,
         value_coef=0.1,
-        whiten_advantages=True,
+        entropy_coef=0.0,
+        ptx=dict(  # a language-model loss on other data, mixed into the policy's
+            coef=0.0,
+            data="",
+            schema="text",
+            sequence_length=128,
+        ),
+        early_stop=dict(  # "policy/approxkl" and other figures of the update end an iteration's updates,
+            metric="",  # "objective/kl" and other figures of the rollout end the stage
+            limit=0.0,
+        ),
         compute=COMPUTE,
         lora=LORA,
         optimizer={**OPTIMIZER, "learning_rate": 1e-4, "schedule": "constant", "weight_decay": 0.0},
         checkpoint={**CHECKPOINT, "every": 10},
         evaluation={**EVALUATION, "every": 10, "metric": ""},
+        mesh=MESH,
+    ),
+    "preference": dict(
+        init=REQUIRED,  # a stage, or a checkpoint folder
+        reference="",  # the frozen model of the log-ratios; "" takes init. "orpo" and "simpo" have none
+        data=REQUIRED,
+        schema="preference",  # "preference" | "safety" (PKU: the better) | "unpaired" ({prompt, completion, label})
+        on_error="raise",
+        loss="dpo",  # "dpo" | "hinge" | "ipo" | "kto" | "orpo" | "simpo"
+        beta=0.1,
+        label_smoothing=0.0,  # of dpo: the share of labels taken to be wrong (conservative DPO)
+        length_normalized=False,  # of ipo: mean log-ratios a token instead of sums
+        margin=0.5,  # of simpo: gamma, over beta
+        desirable_weight=1.0,  # of kto
+        undesirable_weight=1.0,
+        precompute_reference=True,  # reference log-probabilities once before training; False: in every step
+        sequence_length=512,  # longest prompt with its answer
+        batch_size=16,  # pairs, or single answers of kto
+        accumulation=1,
+        epochs=1.0,
+        compute=COMPUTE,
+        lora=LORA,
+        optimizer={**OPTIMIZER, "learning_rate": 2e-5, "weight_decay": 0.0},
+        checkpoint=CHECKPOINT,
+        evaluation={**EVALUATION, "samples": 0},
+        mesh=MESH,
+    ),
+    "best_of_n": dict(
+        subject=REQUIRED,  # the policy: a stage, or a checkpoint folder
+        **REWARD_SOURCES,
+        **PROMPTS,
+        samples=16,  # answers to each prompt: n
+        batch_size=64,  # answers decoded together
+        max_new_tokens=32,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        stop_strings=(),
+        missing_end="set",
+        missing_end_penalty=-1.0,
         mesh=MESH,
     ),
     "memorization": dict(
@@ -177,12 +270,15 @@ STAGES: dict[str, dict[str, Any]] = {
         mesh=MESH,
     ),
 }
-# What a prepare stage leaves for others.
-PREPARED = (
-    "tokenizer.model",
-    *(f"{name}.jsonl" for name in ("pretrain", "sft", "sft_control", "preference", "prompts")),
-    *(f"{name}.jsonl" for name in ("heldout", "heldout_text", "secrets")),
-)
+PRODUCED = {  # kind -> files it leaves for others
+    "prepare": (
+        "tokenizer.model",
+        *(f"{name}.jsonl" for name in ("pretrain", "sft", "sft_control", "preference", "prompts")),
+        *(f"{name}.jsonl" for name in ("heldout", "heldout_text", "secrets")),
+    ),
+    "tokenizer": ("tokenizer.model",),
+    "best_of_n": ("best.jsonl", "pairs.jsonl"),
+}
 # Changing these never changes what a finished stage holds, up to rounding.
 NOT_SEMANTIC = ("mesh", "checkpoint")
 
@@ -200,7 +296,7 @@ def nearest(name: str, valid) -> str:
     return f'did you mean "{close[0]}"?' if close else "valid: " + ", ".join(sorted(valid))
 
 
-def _merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
+def merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
     open_mapping = where.endswith((".controls", ".fractions"))  # the user names these keys
     for name, value in fields.items():
         if name not in defaults and not open_mapping:
@@ -208,7 +304,7 @@ def _merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
         if isinstance(defaults.get(name), ConfigDict):
             if not isinstance(value, Mapping | ConfigDict):
                 raise UserError(f"{where}.{name} is a group of fields, got {value!r}: give a dict")
-            _merge(defaults[name], value, f"{where}.{name}")
+            merge(defaults[name], value, f"{where}.{name}")
         else:
             try:
                 defaults[name] = tuple(value) if isinstance(value, list) else value
@@ -217,11 +313,12 @@ def _merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
 
 
 def experiment(seed: int = 0) -> ConfigDict:
-    """An experiment without stages: `seed` keys every draw, `stages` keep their order."""
+    """An experiment without stages: `seed` keys every draw, `stages` keep their order, `checks` are PPO's guards."""
     config = ConfigDict(sort_keys=False)
     config.seed = seed
     config.stages = ConfigDict(sort_keys=False)
     config.logging = ConfigDict(dict(every=10, tensorboard=True))  # optimizer steps
+    config.checks = ConfigDict(CHECKS, sort_keys=False)
     return config
 
 
@@ -234,23 +331,35 @@ def stage(kind: str, **fields: Any) -> ConfigDict:
     if kind not in STAGES:
         raise UserError(f'unknown stage kind "{kind}": {nearest(kind, STAGES)}')
     out = _config_dict({"kind": kind, **STAGES[kind]})
-    _merge(out, fields, kind)
+    merge(out, fields, kind)
     return out
 
 
 def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """Yields (field, value) for each field by which a stage may name another one."""
-    for field in ("init", "policy", "reward", "tokenizer", "secrets", "subject"):
+    for field in ("init", "policy", "reference", "tokenizer", "secrets", "subject"):
         value = config.get(field)
         if isinstance(value, str) and value:
             yield field, value
-    evaluation = config.get("evaluation")
-    for field, data in (("data", config.get("data")), ("evaluation.data", evaluation and evaluation.data)):
+    yield from (("reward", source) for source in reward_sources(config) if not is_function(source))
+    groups = {"evaluation.data": config.get("evaluation"), "ptx.data": config.get("ptx")}
+    data_strings = {"data": config.get("data")} | {field: group and group.data for field, group in groups.items()}
+    for field, data in data_strings.items():
         # NAME[@SPLIT][:WEIGHT] each; what follows a name is no part of a stage's file
         yield from ((field, re.split(r"[@:]", part.strip())[0]) for part in (data or "").split(",") if part)
     if config.kind == "memorization":
         yield from (("subjects", name) for name in config.subjects)
         yield from (("controls", name) for name in config.controls.values())
+
+
+def reward_sources(config: ConfigDict) -> list[str]:
+    """The sources that a stage's `reward` names: stages, folders and functions."""
+    return [source.strip() for source in config.get("reward", "").split(",") if source.strip()]
+
+
+def is_function(source: str) -> bool:
+    """Whether a reward source is a Python function, FILE.py:FUNCTION."""
+    return ".py:" in source
 
 
 def upstream(stages: ConfigDict, name: str) -> list[str]:
@@ -279,131 +388,3 @@ def stage_order(stages: ConfigDict) -> list[str]:
         order.append(ready)
         waiting.remove(ready)
     return order
-
-
-def _positive(config: ConfigDict, where: str, fields: tuple[str, ...]) -> None:
-    for field in fields:
-        if field in config and not config[field] > 0:
-            raise UserError(f"{where}.{field} is {config[field]}: it must be above 0")
-
-
-def _choice(config: ConfigDict, where: str, field: str, valid: tuple[str, ...]) -> None:
-    if config[field] not in valid:
-        names = ", ".join(f'"{name}"' for name in valid[:-1]) + f' or "{valid[-1]}"'
-        raise UserError(f'{where}.{field} is "{config[field]}": it must be {names}')
-
-
-def _check_stage(stages: ConfigDict, name: str) -> None:
-    config, where = stages[name], f"stages.{name}"
-    for field, value in config.items():
-        if isinstance(value, str) and value == REQUIRED:
-            raise UserError(f"{where}.{field} is not set: a {config.kind} stage needs it")
-    for field in ("init", "policy", "reward", "subject"):
-        value = config.get(field)
-        if not value or (field == "init" and value == "scratch") or (field != "subject" and is_folder(stages, value)):
-            continue
-        if value not in stages:
-            hint = nearest(value, [n for n in stages if n != name])
-            folder = "" if field == "subject" else f" and no checkpoint folder ({Path(value).expanduser()})"
-            raise UserError(f'{where}.{field} is "{value}", which is no stage{folder}: {hint}')
-        wanted = {"reward": ("reward",), "policy": ("sft", "ppo")}.get(field, ("sft", "ppo", "reward"))
-        if stages[value].kind not in wanted:
-            raise UserError(
-                f'{where}.{field} is "{value}", a {stages[value].kind} stage: it must be one of {", ".join(wanted)}'
-            )
-    _positive(config, where, ("batch_size", "accumulation", "epochs", "iterations", "minibatches", "max_new_tokens"))
-    _positive(config, where, ("temperature", "sequence_length", "rollout_batch_size", "calibration_prompts"))
-    if "checkpoint" in config:
-        _positive(config.checkpoint, f"{where}.checkpoint", ("every", "keep"))
-        _positive(config.evaluation, f"{where}.evaluation", ("every", "records"))
-    for field, value in references(config):
-        head, _, file = value.partition("/")
-        if file and head in stages and stages[head].kind == "prepare" and file not in PREPARED:
-            raise UserError(f'{where}.{field} is "{value}", which {head} does not make: {nearest(file, PREPARED)}')
-    if config.kind == "sft":
-        if config.init == "scratch" and not config.tokenizer:
-            raise UserError(
-                f'{where}.tokenizer is not set: a model from scratch needs one, as "prepare/tokenizer.model"'
-            )
-        _choice(config, where, "schema", ("text", "completion", "messages"))
-        _choice(config, where, "loss_on", ("completion", "all"))
-        if config.schema == "text" and config.loss_on == "completion":
-            raise UserError(f'{where}.loss_on is "completion" but schema "text" has none: set loss_on="all"')
-    if config.kind == "reward":
-        _choice(config, where, "schema", ("completion", "preference", "safety"))
-    if config.kind == "export":
-        _choice(config, where, "dtype", ("", "float32", "bfloat16"))
-        _positive(config, where, ("shard_gib",))
-    if config.kind == "ppo":
-        if config.top_k or config.top_p != 1.0:
-            raise UserError(
-                f"{where} samples on a truncated support (top_k {config.top_k}, top_p {config.top_p}) but scores on "
-                "the full one: set top_k=0 and top_p=1.0 to train"
-            )
-        if config.batch_size % (config.minibatches * config.accumulation):
-            raise UserError(
-                f"{where}.batch_size {config.batch_size} does not divide into {config.minibatches} minibatches of "
-                f"{config.accumulation} microbatches: make it a multiple of {config.minibatches * config.accumulation}"
-            )
-    elif "accumulation" in config and config.batch_size % config.accumulation:
-        raise UserError(
-            f"{where}.batch_size {config.batch_size} does not divide into {config.accumulation} microbatches: "
-            "make it a multiple"
-        )
-    if config.kind == "memorization":
-        if not config.subjects:
-            raise UserError(f"{where}.subjects is empty: name the stages whose models are asked")
-        for subject in (*config.subjects, *config.controls, *config.controls.values()):
-            if subject not in stages or stages[subject].kind not in ("sft", "ppo"):
-                hint = nearest(subject, [n for n in stages if stages[n].kind in ("sft", "ppo")])
-                raise UserError(f'{where} asks "{subject}", which is no sft or ppo stage: {hint}')
-    if "lora" in config and config.lora.rank:
-        valid = LORA["targets"]
-        for target in config.lora.targets:
-            if target not in valid:
-                raise UserError(f'{where}.lora.targets has "{target}": {nearest(target, valid)}')
-        if config.init == "scratch":
-            raise UserError(f"{where} trains adapters on a random base: set lora.rank=0 or another init")
-    if "optimizer" in config:
-        _choice(config.optimizer, f"{where}.optimizer", "schedule", ("cosine", "linear", "constant"))
-        _choice(config.optimizer, f"{where}.optimizer", "name", ("adamw", "adafactor"))
-        _choice(config.optimizer, f"{where}.optimizer", "moment_dtype", ("", "bfloat16"))
-        _choice(config.compute, f"{where}.compute", "dtype", ("", "float32", "bfloat16"))
-        _choice(config.compute, f"{where}.compute", "param_dtype", ("", "float32", "bfloat16"))
-        _choice(config.compute, f"{where}.compute", "remat", ("", "none", "full", "dots"))
-        _choice(config.compute, f"{where}.compute", "attention", ("", "auto", "plain", "cudnn", "splash"))
-        _choice(config.compute, f"{where}.compute", "base", ("", "int8", "nf4"))
-        if config.compute.base and not config.lora.rank:
-            raise UserError(
-                f'{where}.compute.base is "{config.compute.base}" but {where}.lora.rank is 0: a quantized base is '
-                'frozen, so give adapters a rank, or set compute.base=""'
-            )
-        if config.compute.base and importlib.util.find_spec("qwix") is None:
-            raise UserError(f"{where}.{NEEDS_QWIX}")
-    if "on_error" in config:
-        _choice(config, where, "on_error", ("raise", "skip"))
-
-
-def validate(config: ConfigDict) -> list[str]:
-    """Checks all that needs neither data nor devices; returns the stages in the order they run.
-
-    Raises:
-      UserError: the first problem found, naming field, value and remedy.
-    """
-    known = experiment()
-    for where, valid in (("", known), ("logging", known.logging)):
-        for name in config.get(where) if where else config:
-            if name not in valid:
-                raise UserError(f"unknown field {f'{where}.{name}'.lstrip('.')}: {nearest(name, valid)}")
-    _positive(config.logging, "logging", ("every",))
-    if not config.get("stages"):
-        raise UserError("config.stages is empty: add at least one stage")
-    for name, fields in config.stages.items():
-        if not isinstance(fields, ConfigDict) or "kind" not in fields:
-            raise UserError(f"stages.{name} has no kind: build it with stage(kind, ...)")
-        if not name.isidentifier():
-            raise UserError(f'stage name "{name}" is no identifier: use letters, digits and underscores')
-        checked = stage(fields.kind)
-        _merge(checked, {k: v for k, v in fields.items() if k != "kind"}, f"stages.{name}")
-        _check_stage(config.stages, name)
-    return stage_order(config.stages)

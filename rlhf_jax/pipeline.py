@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import NOT_SEMANTIC, upstream, validate
+from rlhf_jax.config import NOT_SEMANTIC, upstream
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.reporting import write_report
@@ -19,6 +19,7 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import folder_identity
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.loop import Stopped
+from rlhf_jax.validation import validate
 
 KINDS: dict[str, Any] = {
     "prepare": prepare,

@@ -5,8 +5,9 @@ import itertools
 import pytest
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import LORA, OPTIMIZER, STAGES, experiment, references, stage, stage_order, upstream, validate
+from rlhf_jax.config import LORA, OPTIMIZER, STAGES, experiment, references, stage, stage_order, upstream
 from rlhf_jax.errors import UserError
+from rlhf_jax.validation import validate
 
 
 def job(seed=0, **stages):

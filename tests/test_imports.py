@@ -18,6 +18,7 @@ LAYERS = (
     ("rollout",),
     ("models", "data"),
     ("distributed",),
+    ("validation",),
     ("config",),
     ("errors",),
 )

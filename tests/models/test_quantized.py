@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import qwix
 
-from rlhf_jax.config import experiment, stage, validate
+from rlhf_jax.config import experiment, stage
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.distributed import make_mesh, tree_shardings
 from rlhf_jax.errors import UserError
@@ -35,6 +35,7 @@ from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.rollout.scoring import answer_logprobs, scores_together
 from rlhf_jax.training.artifacts import continue_role, load_checkpoint, load_role, read_info, save_role
 from rlhf_jax.training.state import fingerprint
+from rlhf_jax.validation import validate
 
 CONFIG = TransformerConfig(
     vocab_size=64, layers=2, width=48, heads=4, kv_heads=2, head_dim=16, ffn=160, context=64, qkv_bias=True
