@@ -18,8 +18,8 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, init_base
 from rlhf_jax.rollout import Rollout, Sampling, generate
-from rlhf_jax.stages.sft import sft_objective
 from rlhf_jax.training.gradient import plain_gradient
+from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.ppo import PPOConfig, make_experience, make_update, score_logprobs, score_values
 from rlhf_jax.training.state import TrainState, apply_gradient
 from rlhf_jax.training.throughput import peak_bandwidth, peak_flops

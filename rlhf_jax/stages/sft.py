@@ -6,9 +6,6 @@ Loads records, tokenizes and packs them; one jitted step; writes the best model 
 import itertools
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,16 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.examples import (
-    Example,
-    completion_example,
-    fim_example,
-    messages_example,
     prompt_ids,
     show_example,
-    text_examples,
 )
 from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.table import build_table, load_table, make_rows, pack, pad_prompts
+from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from rlhf_jax.data.turns import plain_text, split_last_answer
 from rlhf_jax.distributed.processes import is_main_process
@@ -35,115 +27,24 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.roles import (
     RoleSpec,
     base_axes,
-    hidden_states,
     init_base,
     merged_base,
     split,
     training_passes,
     weight_axes,
 )
-from rlhf_jax.models.transformer import output_kernel
-from rlhf_jax.objectives.language_model import segment_totals, token_logprobs
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.packed import PackedData, packed_examples
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import Role, checkpoint_config, computed, continue_role, role_memory, save_role
-from rlhf_jax.training.gradient import Objective, RecordLosses, plain_gradient
+from rlhf_jax.training.gradient import plain_gradient
+from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.metrics import cut_back
 from rlhf_jax.training.randomness import order_seed
 from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 48, 48
-
-
-def sft_objective(spec: RoleSpec, segments: int) -> Objective:
-    """Negative log-likelihood of the counted targets, one loss a packed record: losses and weights (B, segments)."""
-
-    def objective(trainable: Any, frozen: Any, batch: dict[str, jax.Array]) -> RecordLosses:
-        weights = {**frozen, **trainable}
-        where = {"positions": batch["positions"], "segment_ids": batch["segment_ids"]}
-        hidden = hidden_states(spec, weights, batch["tokens"], **where)
-        kernel = output_kernel(spec.config, weights["base"])
-        logprobs, _ = token_logprobs(hidden, kernel, batch["targets"], softcap=spec.config.logit_softcap)
-        losses = segment_totals(-logprobs * batch["loss_mask"], batch["segment_ids"], segments)
-        counts = segment_totals(batch["loss_mask"], batch["segment_ids"], segments)
-        return RecordLosses(losses, counts, {"loss/train": (losses.sum(), counts.sum())})
-
-    return objective
-
-
-def _examples(
-    context: Context, tokenizer: Tokenizer, data: str, train: bool, skipped: dict[str, int]
-) -> Iterator[Example]:
-    """Tokenized records of a data string, as they are read; what is left out is counted in `skipped`."""
-    config, length = context.config, context.config.sequence_length
-    stream = context.stream(data, config.schema, None if train else config.evaluation.records)
-    too_long = 0
-    for number, record in enumerate(stream, 1):
-        if config.schema == "text":
-            yield from text_examples(tokenizer, record["text"], length)
-            continue
-        if config.schema == "messages":
-            example = messages_example(tokenizer, record["messages"], config.loss_on)
-        else:
-            keyed = np.random.Generator(np.random.Philox(key=[context.seed, number]))
-            fields = (tokenizer, record["prompt"], record["completion"])
-            if train and keyed.random() < config.fim_rate:
-                example = fim_example(*fields, keyed.random(), config.loss_on)
-            else:
-                example = completion_example(*fields, config.loss_on)
-        if len(example.tokens) - 1 <= length:
-            yield example
-        elif config.on_error == "skip":
-            too_long += 1
-        else:
-            raise UserError(
-                f"{data}: record {number} has {len(example.tokens)} tokens, above sequence_length {length} + 1: "
-                'shorten it, raise sequence_length, or set on_error="skip"'
-            )
-        skipped["count"] = stream.skipped + too_long
-    skipped["count"] = stream.skipped + too_long
-
-
-class PackedData:
-    """A tokenized file as rows of fixed width."""
-
-    def __init__(self, context: Context, tokenizer: Tokenizer, data: str, part: str):
-        config = context.config
-        folder = context.folder / "data" / part
-
-        def build() -> None:
-            skipped = {"count": 0}
-            folder.parent.mkdir(exist_ok=True)
-            examples = _examples(context, tokenizer, data, part == "train", skipped)
-            try:
-                built = folder.with_name(f"{part}.new")
-                shutil.rmtree(built, ignore_errors=True)  # of a run that was cut here
-                build_table(built, examples, name=f"{context.name}: tokenize {part}")
-            except ValueError as error:
-                raise UserError(
-                    f"{data}: no record is left to train on: look at on_error and sequence_length"
-                ) from error
-            (context.folder / "data" / f"{part}_skipped.json").write_text(json.dumps(skipped["count"]))
-            os.replace(built, folder)  # last: its presence says that both are there
-
-        context.once(folder, build)
-        self.skipped = json.loads((context.folder / "data" / f"{part}_skipped.json").read_text())
-        self.table = load_table(folder)
-        self.width = config.sequence_length
-        lengths = self.table.lengths
-        self.plan = pack(lengths, self.width) if config.packing else [[i] for i in range(len(lengths))]
-        self.segments = max(len(row) for row in self.plan)
-        self.filled = float(lengths.sum() / (len(self.plan) * self.width))
-
-    def place(self, rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
-        """The batch of the given rows on the mesh; a row number of -1 is an all-padding row."""
-
-        def load(mine: np.ndarray) -> dict[str, np.ndarray]:
-            wanted = [self.plan[row] if row >= 0 else [] for row in rows[mine]]
-            return make_rows(self.table, wanted, self.width)
-
-        return place_batch(len(rows), load, mesh)
 
 
 def _start(context: Context, mesh: Mesh) -> Role:
@@ -192,7 +93,7 @@ def _check_context(context: Context, shape: TransformerConfig) -> None:
 
 def preview(context: Context, tokenizer: Tokenizer) -> list[str]:
     """The first examples as training reads them, what the loss leaves out marked."""
-    examples = _examples(context, tokenizer, context.config.data, True, {})
+    examples = packed_examples(context, tokenizer, context.config.data, context.config, {})
     return [show_example(tokenizer, example) for example in itertools.islice(examples, 3)]
 
 
@@ -203,7 +104,7 @@ def run(context: Context) -> dict[str, Any]:
         # --- role and data ---------------------------------------------------------------------------------------
         role = _start(context, mesh)
         _check_context(context, role.spec.config)
-        data = PackedData(context, role.tokenizer, config.data, "train")
+        data = PackedData(context, role.tokenizer, config.data, "train", config)
         order = DataOrder(len(data.plan), order_seed(context.seed, context.name))
         steps = max(1, math.ceil(config.epochs * len(data.plan) / config.batch_size))
         tokens = config.batch_size * config.sequence_length
@@ -262,7 +163,7 @@ def run(context: Context) -> dict[str, Any]:
 def _evaluation(context: Context, role: Role, frozen: Any, mesh: Mesh):
     """The function (params, iteration) -> {"loss/eval": nats a token}; also writes sampled completions."""
     config = context.config
-    data = PackedData(context, role.tokenizer, config.evaluation.data, "evaluation")
+    data = PackedData(context, role.tokenizer, config.evaluation.data, "evaluation", config)
     size = config.batch_size
     padded = np.concatenate([np.arange(len(data.plan)), np.full(-len(data.plan) % size, -1)])
     batches = [data.place(rows, mesh) for rows in padded.reshape(-1, size)]

@@ -15,8 +15,8 @@ from rlhf_jax.models.lora import LoraConfig, init_adapters
 from rlhf_jax.models.roles import RoleSpec, init_base, split, weight_axes
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.reward import reward_objective
-from rlhf_jax.stages.sft import sft_objective
 from rlhf_jax.training.gradient import plain_gradient
+from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.ppo import Experience, PPOConfig, make_update
 from rlhf_jax.training.state import init_state, make_step, state_shardings
 

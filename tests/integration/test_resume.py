@@ -22,7 +22,7 @@ from tiny import (
 )
 
 from rlhf_jax.data import load_tokenizer
-from rlhf_jax.stages import sft
+from rlhf_jax.stages import packed
 from rlhf_jax.stages.context import Context
 
 CHAIN = ("prepare", "pretrain", "sft", "reward", "ppo")
@@ -138,12 +138,12 @@ def test_a_cut_around_the_writing_of_tokenized_data_leaves_nothing_half_made(
     (workdir / "sft").mkdir()
     tokenizer = load_tokenizer(workdir / "prepare" / "tokenizer.model")
     context = Context("sft", tiny_config(str(source)), workdir, "identity")
-    build_table = sft.build_table
-    monkeypatch.setattr(sft, "build_table", cut)
+    build_table = packed.build_table
+    monkeypatch.setattr(packed, "build_table", cut)
     with pytest.raises(Cut):
-        sft.PackedData(context, tokenizer, "prepare/sft.jsonl", "train")
+        packed.PackedData(context, tokenizer, "prepare/sft.jsonl", "train", context.config)
     monkeypatch.undo()
-    data = sft.PackedData(context, tokenizer, "prepare/sft.jsonl", "train")
+    data = packed.PackedData(context, tokenizer, "prepare/sft.jsonl", "train", context.config)
     figures = result(finished[0], "sft")["figures"]
     assert (len(data.table), len(data.plan), data.skipped) == (figures["records"], figures["rows"], figures["skipped"])
 

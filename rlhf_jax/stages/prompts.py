@@ -1,0 +1,83 @@
+"""The prompts of a stage: tokenized, padded batch by batch, each with the identity that keys its draws."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.examples import prompt_ids
+from rlhf_jax.data.table import pad_prompts
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.distributed.sharding import place_batch
+from rlhf_jax.errors import UserError
+from rlhf_jax.rollout.batches import bucket_widths, check_lengths, narrowest
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.randomness import record_ids
+
+EPOCH_STRIDE = 7919  # moves a record's draw identity from one epoch to the next
+
+
+def text_prefixes(
+    tokenizer: Tokenizer, records: list[dict[str, Any]], numbers: np.ndarray, fewest: int, most: int
+) -> tuple[list[int], list[dict[str, Any]], list[list[int]]]:
+    """The beginnings of texts as prompts, each of `fewest` to `most` tokens, as many as its record's number says.
+
+    Returns:
+      the kept records' places, themselves with "prompt" set, and their token ids with the tokenizer's prefix. A text
+      of fewer than `fewest` tokens is left out.
+    """
+    head = len(tokenizer.prefix)
+    places, kept, ids = [], [], []
+    for place, (record, number) in enumerate(zip(records, numbers, strict=True)):
+        wanted = fewest + int(number) % (most - fewest + 1)
+        tokens = list(tokenizer.encode_prompt(record["text"]))
+        if len(tokens) - head < fewest:
+            continue
+        tokens = tokens[: head + wanted]
+        places.append(place)
+        kept.append({**record, "prompt": tokenizer.decode(tokens[head:])})
+        ids.append(tokens)
+    return places, kept, ids
+
+
+class Prompts:
+    """Tokenized prompts of a data string, padded batch by batch to the narrowest bucket that holds them.
+
+    Attributes:
+      records: the normalized records, `record["prompt"]` a text or a conversation.
+      rows: {"prompts": (n, longest), "lengths": (n,)}; ids: (n,) int32 identities that key the draws.
+      skipped: records left out: malformed ones, and texts shorter than the shortest prefix.
+    """
+
+    def __init__(self, context: Context, tokenizer: Tokenizer, room: int, data: str, limit: int | None = None):
+        """`room`: the decoder's context in tokens."""
+        config = context.config
+        records, self.skipped = context.records(data, config.schema, limit)
+        self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
+        if config.schema == "text":
+            places, self.records, ids = text_prefixes(tokenizer, records, self.ids, *config.prefix_tokens)
+            self.skipped, self.ids = self.skipped + len(records) - len(places), self.ids[places]
+        else:
+            self.records, ids = records, [prompt_ids(tokenizer, record["prompt"]) for record in records]
+        if not ids:
+            raise UserError(f"{data}: no text has {config.prefix_tokens[0]} tokens: lower prefix_tokens")
+        check_lengths(ids, config.max_new_tokens, room, data)
+        self.longest = max(len(x) for x in ids)
+        self.widths = bucket_widths(config.prompt_buckets, self.longest)
+        self.rows = pad_prompts(ids, self.longest)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def place(self, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh, width: int | None = None) -> dict[str, jax.Array]:
+        """{"prompts", "lengths", "row_ids"} on the mesh; a record's draws differ from epoch to epoch."""
+        width = width or narrowest(self.widths, self.rows["lengths"][rows].max())
+
+        def load(mine: np.ndarray) -> dict[str, np.ndarray]:
+            chosen = rows[mine]
+            row_ids = (self.ids[chosen].astype(np.int64) + EPOCH_STRIDE * epochs[mine]) % (1 << 31)
+            fields = {"prompts": self.rows["prompts"][chosen, :width], "lengths": self.rows["lengths"][chosen]}
+            return {**fields, "row_ids": row_ids.astype(np.int32)}
+
+        return place_batch(len(rows), load, mesh)
