@@ -74,7 +74,7 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
     _check_references(stages, name)
     _positive(config, where, ("batch_size", "accumulation", "epochs", "iterations", "minibatches", "max_new_tokens"))
     _positive(config, where, ("temperature", "sequence_length", "rollout_batch_size", "calibration_prompts"))
-    _positive(config, where, ("vocab_size", "samples", "beta"))
+    _positive(config, where, ("vocab_size", "max_bytes", "samples", "beta"))
     if "checkpoint" in config:
         _positive(config.checkpoint, f"{where}.checkpoint", ("every", "keep"))
         _positive(config.evaluation, f"{where}.evaluation", ("every", "records"))

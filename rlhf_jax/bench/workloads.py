@@ -18,9 +18,11 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, init_base
 from rlhf_jax.rollout import Rollout, Sampling, generate
+from rlhf_jax.rollout.scoring import RoleScores
+from rlhf_jax.training.experience import PPOConfig, init_controllers, make_experience
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.language_model import sft_objective
-from rlhf_jax.training.ppo import PPOConfig, make_experience, make_update, score_logprobs, score_values
+from rlhf_jax.training.ppo import make_update, score_logprobs, score_values
 from rlhf_jax.training.state import TrainState, apply_gradient
 from rlhf_jax.training.throughput import peak_bandwidth, peak_flops
 
@@ -109,8 +111,8 @@ def ppo(repeats: int) -> dict[str, Any]:
     head = init_head(spec.config.width, 0.0, key=jax.random.key(1))
     params = jax.tree.map(jnp.copy, {"policy": reference, "value": {**reference, "head": head}})
     optimizer = optax.adamw(1e-5)
-    update = make_update(config, spec, spec, 1.0, optimizer)
-    box = [TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))]
+    update = make_update(config, spec, spec, optimizer)
+    box = [TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_controllers(config))]
     frozen: dict[str, Any] = {"policy": {}, "value": {}}
     sampling = Sampling(64, stop_ids=NEVER)
     lengths = jnp.full((16,), 64, jnp.int32)
@@ -120,18 +122,20 @@ def ppo(repeats: int) -> dict[str, Any]:
         base = box[0].params["policy"]["base"]
         return generate(spec.config, base, prompts, lengths, key=jax.random.key(i), sampling=sampling)
 
-    def score(rollout: Rollout) -> tuple[Any, ...]:
+    def score(rollout: Rollout) -> RoleScores:
         acting = box[0].params
         logprobs, entropy = score_logprobs(spec, acting["policy"], rollout, config.accumulation)
         ref_logprobs, _ = score_logprobs(spec, reference, rollout, config.accumulation)
-        return logprobs, ref_logprobs, entropy, score_values(spec, acting["value"], rollout, config.accumulation)
+        values = score_values(spec, acting["value"], rollout, config.accumulation)
+        return RoleScores(logprobs, ref_logprobs, entropy, values)
 
     def once(i: int) -> Any:
         rollout = answers(i)
-        logprobs, ref_logprobs, entropy, values = score(rollout)
         scores = (rollout.lengths % 7).astype(jnp.float32)
-        experience, metrics = make_experience(config, rollout, logprobs, ref_logprobs, entropy, values, scores)
-        box[0], updates = update(box[0], frozen, experience, jax.random.key(i))
+        state = box[0]
+        experience, metrics, controllers = make_experience(config, rollout, score(rollout), scores, state.controllers)
+        state = state.replace(controllers=controllers)
+        box[0], updates = update(state, frozen, experience, metrics["objective/kl_coef"], jax.random.key(i))
         return metrics | updates
 
     seconds = _timed(once, repeats)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+LARGEST_LOG_RATIO = 20.0
 
 
 def gae(rewards: Array, values: Array, mask: Array, gamma: float = 1.0, lam: float = 0.95) -> tuple[Array, Array]:
@@ -55,33 +56,47 @@ def whiten(x: Array, mask: Array, shift_mean: bool = True) -> Array:
     return jnp.where(keep, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def kl_penalized_rewards(
-    scores: Array, logprobs: Array, ref_logprobs: Array, lengths: Array, kl_coef: Array | float
-) -> Array:
-    """Per-token rewards: -kl_coef (log pi - log pi_ref), and the score on the last real token.
+def sequence_logprobs(logprobs: Array, mask: Array) -> Array:
+    """Each answer's mean log-probability over its tokens, repeated on them; 0 where masked.
 
-    This is the k1 estimate of KL(pi || pi_ref) in the reward, whose policy gradient is that of the reverse KL.
+    The difference of new and old ones is the log of the sequence's ratio to the power 1 / length, so through
+    `ppo_policy_loss` they give GSPO (Zheng et al., arXiv 2507.18071), which clips whole answers.
 
     Args:
-      scores: (B,) float.
-      logprobs, ref_logprobs: (B, T) of the sampled tokens.
-      lengths: (B,) tokens of each answer, its stop token included.
+      logprobs: (B, T) of the sampled tokens.
+      mask: (B, T), true on real tokens.
 
     Returns:
-      (B, T) float32, 0 beyond each length.
+      (B, T).
     """
-    steps = jnp.arange(logprobs.shape[1])
-    inside = steps < lengths[:, None]
-    last = steps == lengths[:, None] - 1
-    penalty = -kl_coef * (logprobs - ref_logprobs)
-    return jnp.where(inside, penalty, 0.0) + jnp.where(last, scores.astype(jnp.float32)[:, None], 0.0)
+    keep = mask.astype(bool)
+    total = jnp.sum(jnp.where(keep, logprobs, 0.0), axis=1, keepdims=True)
+    count = jnp.maximum(jnp.sum(keep, axis=1, keepdims=True), 1)
+    return jnp.where(keep, total / count, 0.0)
 
 
-def ppo_policy_loss(logprobs: Array, old_logprobs: Array, advantages: Array, clip_ratio: float = 0.2) -> Array:
-    """max(-A ratio, -A clip(ratio, 1 - clip_ratio, 1 + clip_ratio)) for each token, all (B, T)."""
-    ratio = jnp.exp(logprobs - old_logprobs)
+def ppo_policy_loss(
+    logprobs: Array, old_logprobs: Array, advantages: Array, clip_ratio: float = 0.2, dual_clip: float = 0.0
+) -> Array:
+    """max(-A ratio, -A clip(ratio, 1 - clip_ratio, 1 + clip_ratio)) for each token.
+
+    Args:
+      logprobs, old_logprobs: (B, T) of the sampled tokens; the ratio is exp(logprobs - old_logprobs), at most exp(20).
+      advantages: (B, T).
+      clip_ratio: how far from 1 a ratio may go before it earns no more.
+      dual_clip: where A < 0 the loss is at most -A dual_clip, so a token that has become far likelier costs no more
+        (Ye et al., arXiv 1912.09729); above 1, or 0 for none.
+
+    Returns:
+      (B, T).
+    """
+    # float32's exp overflows at 88.7, and 0 times its infinity is NaN in the gradient
+    ratio = jnp.exp(jnp.minimum(logprobs - old_logprobs, LARGEST_LOG_RATIO))
     clipped = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
-    return jnp.maximum(-advantages * ratio, -advantages * clipped)
+    loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
+    if not dual_clip:
+        return loss
+    return jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
 
 
 def ppo_value_loss(values: Array, old_values: Array, returns: Array, clip_range: float = 0.2) -> Array:

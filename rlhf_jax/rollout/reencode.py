@@ -20,6 +20,11 @@ from rlhf_jax.rollout.scoring import last_scores
 BUCKET = 64  # rows are padded to a multiple of it, so few widths are compiled
 
 
+def answer_text(sampler: Tokenizer, answer: Sequence[int], ended: bool) -> str:
+    """The text of an answer without the stop token that ended it."""
+    return sampler.decode(answer[:-1] if ended and answer[-1] in sampler.stop_ids else answer)
+
+
 def reencode(
     sampler: Tokenizer, reader: Tokenizer, prompt: Text, answer: Sequence[int], ended: bool, whole_template: bool
 ) -> list[int]:
@@ -33,8 +38,7 @@ def reencode(
       whole_template: keep what the template writes after the token that ends the turn (a newline, in ChatML), as
         reward models of other libraries are trained to read; those trained here end with that token.
     """
-    ids = list(answer[:-1]) if ended and answer[-1] in sampler.stop_ids else list(answer)
-    text = sampler.decode(ids)
+    text = answer_text(sampler, answer, ended)
     if isinstance(prompt, str) and reader.chat_template is None:
         return [*reader.encode_prompt(prompt + text), *([reader.eos_id] if ended else [])]
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -33,8 +33,8 @@ def join(prompts: Array, prompt_lengths: Array, answers: Array) -> Array:
 
 
 def _before_answers(hidden: Array, prompt_lengths: Array, count: int) -> Array:
-    """Hidden states before each answer token: (B, P + N, D) -> (B, N, D)."""
-    at = (prompt_lengths - 1)[:, None] + jnp.arange(count)
+    """Hidden states before each answer token: (B, T, D) -> (B, N, D); what lies beyond the row repeats its last."""
+    at = jnp.minimum((prompt_lengths - 1)[:, None] + jnp.arange(count), hidden.shape[1] - 1)
     return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
 
 
@@ -57,7 +57,21 @@ def answer_logprobs(
     Returns:
       logprobs (B, N) and entropy (B, N), float32 nats, 0 beyond each length.
     """
-    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
+    rows = join(prompts, prompt_lengths, answers)
+    return row_logprobs(spec, weights, rows, prompt_lengths, answers, lengths, temperature)
+
+
+def row_logprobs(
+    spec: RoleSpec,
+    weights: Weights,
+    tokens: Array,
+    prompt_lengths: Array,
+    answers: Array,
+    lengths: Array,
+    temperature: float,
+) -> tuple[Array, Array]:
+    """`answer_logprobs` of rows (B, T) in which each answer stands behind its prompt already."""
+    hidden = hidden_states(spec, weights, tokens)
     kernel = output_kernel(spec.config, weights["base"])
     before = _before_answers(hidden, prompt_lengths, answers.shape[1])
     logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
@@ -72,6 +86,26 @@ def answer_values(
     hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
     values = heads.apply_head(weights["head"], _before_answers(hidden, prompt_lengths, answers.shape[1]))
     return jnp.where(jnp.arange(answers.shape[1]) < lengths[:, None], values, 0.0)
+
+
+def answer_logprobs_and_values(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Array,
+    prompt_lengths: Array,
+    answers: Array,
+    lengths: Array,
+    temperature: float,
+) -> tuple[Array, Array, Array]:
+    """`answer_logprobs` and `answer_values` of one role with a head, in one pass: logprobs, entropy, values (B, N)."""
+    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
+    before = _before_answers(hidden, prompt_lengths, answers.shape[1])
+    kernel = output_kernel(spec.config, weights["base"])
+    logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
+    columns = (logprobs, entropy, heads.apply_head(weights["head"], before))
+    inside = jnp.arange(answers.shape[1]) < lengths[:, None]
+    logprobs, entropy, values = (jnp.where(inside, x, 0.0) for x in columns)
+    return logprobs, entropy, values
 
 
 def stacked_hidden_states(spec: RoleSpec, base: Any, adapters: Sequence[Any], tokens: Array) -> Array:

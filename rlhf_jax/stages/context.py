@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import is_folder, references
+from rlhf_jax.config import is_folder, references, reward_sources
 from rlhf_jax.data.sources import RecordStream, stream_records
 from rlhf_jax.data.tokenizer import check_vocabulary
 from rlhf_jax.distributed.processes import barrier, is_main_process
@@ -29,6 +29,7 @@ from rlhf_jax.training.artifacts import (
 )
 from rlhf_jax.training.randomness import stage_key
 
+MODEL_FIELDS = ("init", "policy", "reference", "subject")  # beside `reward`, what may name a checkpoint folder
 CHECKED_RECORDS, CHECKED_BYTES = 1000, 1 << 28  # before anything runs: files up to so many bytes are read whole
 
 
@@ -84,7 +85,8 @@ class Context:
 
     def check_data(self, schema: str) -> None:
         """Reads each data set that no stage makes, the first records of a large or remote one; raises what is wrong."""
-        for field, data in (("data", self.config.data), ("evaluation.data", self.config.evaluation.data)):
+        evaluation = self.config.get("evaluation")
+        for field, data in (("data", self.config.data), ("evaluation.data", evaluation and evaluation.data)):
             names = self.data_names(field)
             if not data or any(name.split("/")[0] in self.experiment.stages for name in names):
                 continue
@@ -122,8 +124,8 @@ class Context:
 
     def folders(self) -> Iterator[tuple[str, Path]]:
         """(field, folder) of the checkpoint folders that the stage starts from."""
-        for field in ("init", "policy", "reward"):
-            value = self.config.get(field)
+        fields = [(field, self.config.get(field)) for field in MODEL_FIELDS]
+        for field, value in fields + [("reward", source) for source in reward_sources(self.config)]:
             if value and value != "scratch" and is_folder(self.experiment.stages, value):
                 yield field, Path(value).expanduser()
 

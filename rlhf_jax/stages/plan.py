@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rlhf_jax.config import is_folder
+from rlhf_jax.config import is_folder, is_function, reward_sources
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.distributed.sharding import tree_shardings
 from rlhf_jax.models.config import TransformerConfig
@@ -15,7 +15,9 @@ from rlhf_jax.models.leaves import axes, base_leaves, count, shapes
 from rlhf_jax.models.lora import adapter_axes, init_adapters
 from rlhf_jax.models.quantized import quantized_axes, quantized_shapes
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.judges import source_names
 from rlhf_jax.training.artifacts import checkpoint_config, checkpoint_tokenizer, computed
+from rlhf_jax.validation import REFERENCE_FREE
 
 
 def tokenizer_of(context: Context, reference: str) -> Tokenizer | None:
@@ -79,16 +81,36 @@ def role_bases(context: Context) -> dict[str, str]:
     """Role -> the stage or folder whose base it reads, for a ppo stage."""
     config, name = context.config, context.name
     policy = _continued(context, config.init, name)
-    theirs, ours = tokenizer_of(context, config.reward), tokenizer_of(context, config.init)
-    foreign = theirs is not None and ours is not None and theirs.identity != ours.identity
-    value = _continued(context, config.init if foreign else config.reward, name)
     own = policy == name  # trained in full: the reference keeps the weights it started from
-    return {
+    roles = {
         "policy": f"{name} (policy)" if own else policy,
         "reference": base_of(context, config.init) if own else policy,
-        "value": f"{name} (value)" if value == name else value,
-        "reward": base_of(context, config.reward),
     }
+    sources = reward_sources(config)
+    named = zip(source_names(sources), sources, strict=True)
+    models = {title: source for title, source in named if not is_function(source)}
+    if config.estimator == "gae" and config.critic != "shared":
+        readers = [source for source in models.values() if _same_tokenizer(context, source, config.init)]
+        value = _continued(context, readers[0] if readers and config.critic == "reward" else config.init, name)
+        roles["value"] = f"{name} (value)" if value == name else value
+    return roles | {
+        title if len(models) > 1 else "reward": base_of(context, source) for title, source in models.items()
+    }
+
+
+def _same_tokenizer(context: Context, one: str, other: str) -> bool:
+    """Whether two models have one tokenizer, as far as is known yet."""
+    theirs, ours = tokenizer_of(context, one), tokenizer_of(context, other)
+    return theirs is None or ours is None or theirs.identity == ours.identity
+
+
+def _reference_base(context: Context) -> str:
+    """The base that a preference stage's reference reads in every step."""
+    config = context.config
+    if config.reference not in ("", config.init):
+        return base_of(context, config.reference)
+    policy = _continued(context, config.init, context.name)
+    return base_of(context, config.init) if policy == context.name else policy
 
 
 def bytes_per_device(like: Any, names: Any, mesh: Mesh) -> int:
@@ -130,8 +152,11 @@ def describe(context: Context) -> list[str]:
         trained = full // (2 if shape.param_dtype == "bfloat16" else 4)
     roles = {context.name: base_of(context, context.name)}
     train = trained * (_moments(config, shape.param_dtype if lora is None else "float32") + (4 if lora else 0))
+    if config.kind == "preference" and config.loss not in REFERENCE_FREE and not config.precompute_reference:
+        roles["reference"] = _reference_base(context)
     if config.kind == "ppo":
-        roles, train = role_bases(context), 2 * train  # policy and value
+        roles = role_bases(context)
+        train *= 2 if "value" in roles else 1
         groups: dict[str, list[str]] = {}
         for role, owner in roles.items():
             groups.setdefault(owner, []).append(role)

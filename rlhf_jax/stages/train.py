@@ -23,6 +23,8 @@ def train(
     tokens_each: int,
     flops_each: float,
     steps_each: int = 1,
+    watch: Callable[[int, dict[str, jax.Array]], str] | None = None,
+    anchors: dict[str, str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the loop with the stage's schedule, checkpoints and learning rate; `run_loop` says what it returns."""
     config: ConfigDict = context.config
@@ -49,4 +51,6 @@ def train(
         peak_flops=peak_flops(),
         keep=config.checkpoint.keep,
         tensorboard=context.experiment.logging.tensorboard,
+        watch=watch,
+        anchors=anchors,
     )

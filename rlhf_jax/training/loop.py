@@ -52,6 +52,15 @@ class Schedule:
     steps_each: int = 1
 
 
+def _check_anchors(name: str, saved: dict[str, str], anchors: dict[str, str]) -> None:
+    for role, fingerprint in anchors.items():
+        if saved.get(role, fingerprint) != fingerprint:
+            raise UserError(
+                f"{name}: the {role} is not the one this stage was trained beside (fingerprint {saved[role]}, now "
+                f"{fingerprint}): put the model it came from back, or use a new --workdir"
+            )
+
+
 def run_loop(
     *,
     name: str,
@@ -70,6 +79,8 @@ def run_loop(
     peak_flops: float,
     keep: int = 2,
     tensorboard: bool = True,
+    watch: Callable[[int, dict[str, jax.Array]], str] | None = None,
+    anchors: dict[str, str] | None = None,
 ) -> tuple[Tree, dict[str, Any]]:
     """Runs a stage from its newest checkpoint, or from `state`, to its end.
 
@@ -84,17 +95,23 @@ def run_loop(
       shown: metrics of the progress bar.
       learning_rate: optimizer steps done -> learning rate of the next.
       tokens_each, flops_each, peak_flops: tokens and FLOPs of an iteration, the machine's FLOP/s: throughput, MFU.
+      watch: (iteration, metrics) -> why training ends here, or ""; called after every iteration, may raise a UserError.
+      anchors: fingerprints of frozen models by name, kept in every checkpoint: a resume beside others is refused.
 
     Returns:
       The best (or last) parameters, and {"first": evaluation at iteration 0, "result": evaluation of what is returned,
-      "result_step": its optimizer step, "seconds"}.
+      "result_step": its optimizer step, "iterations": those that were run, "ended_early": why, or "", "seconds"}.
 
     Raises:
       Stopped: a signal came; everything is saved.
-      UserError: the loss is not finite.
+      UserError: the loss is not finite, or what `advance` and `watch` raise. Where the state before it is still whole,
+        it is saved.
     """
     checkpoints = Checkpoints(folder / "checkpoints", keep, identity)
     done, state, memory = checkpoints.restore(state)
+    _check_anchors(name, memory.get("anchors", {}), anchors or {})
+    ended_early: str = memory.get("ended_early", "")
+    total = done if ended_early else schedule.iterations
     log = MetricsLog(folder, done * schedule.steps_each if done else -1, tensorboard)
     progress = Progress(name, schedule.iterations, done, memory.get("seconds", 0.0))
     evaluations: dict[str, Any] = memory.get("evaluations", {})
@@ -112,15 +129,28 @@ def run_loop(
         return row
 
     def save(iteration: int) -> None:
-        checkpoints.save(iteration, state, {"seconds": progress.seconds, "evaluations": evaluations})
+        notes = {"evaluations": evaluations, "anchors": anchors or {}, "ended_early": ended_early}
+        checkpoints.save(iteration, state, {"seconds": progress.seconds, **notes})
+
+    def advance_or_save(iteration: int) -> tuple[Any, dict[str, jax.Array]]:
+        try:
+            with jax.transfer_guard("disallow"):
+                return advance(state, iteration - 1)
+        except UserError as error:
+            whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            if not whole or iteration == done + 1 or jax.process_count() > 1:
+                raise
+            save(iteration - 1)
+            checkpoints.wait()
+            raise UserError(f"{error} ({iteration - 1} iterations are saved: run the same command to go on)") from error
 
     try:
         if done == 0 and evaluate is not None:
             log.write(0, note_evaluation(0, state.params))
-        for iteration in range(done + 1, schedule.iterations + 1):
-            with jax.transfer_guard("disallow"):
-                state, metrics = advance(state, iteration - 1)
-            last = iteration == schedule.iterations
+        for iteration in range(done + 1, total + 1):
+            state, metrics = advance_or_save(iteration)
+            ended_early = watch(iteration, metrics) if watch is not None else ""
+            last = iteration == total or bool(ended_early)
             row: dict[str, Any] = {}
             if last or iteration % schedule.log_every == 0 or iteration == 1:
                 row = {k: np.asarray(v).item() for k, v in metrics.items()}
@@ -147,14 +177,18 @@ def run_loop(
             if asked and not last:
                 checkpoints.wait()
                 raise Stopped(f"{name}: stopped after {iteration} of {schedule.iterations} iterations, saved")
+            if last:
+                total = iteration
+                break
         params = state.params
-        best_iteration = evaluations.get("best_iteration", schedule.iterations)
-        if best_iteration != schedule.iterations:
+        best_iteration = evaluations.get("best_iteration", total)
+        if best_iteration != total:
             checkpoints.wait()
             params = checkpoints.restore_best(best_iteration, params)
         evaluations["result"] = evaluations.get("best", evaluations.get("last"))
         evaluations["result_step"] = best_iteration * schedule.steps_each
-        return params, {**evaluations, "seconds": progress.seconds}
+        ran = {"iterations": total, "ended_early": ended_early}
+        return params, {**evaluations, **ran, "seconds": progress.seconds}
     finally:
         checkpoints.close()
         log.close()

@@ -1,65 +1,36 @@
-"""One PPO iteration after its rollout: score once, estimate advantages, update in one jitted program.
+"""Policy optimization after a rollout: scoring by every role, and all epochs and minibatches in one jitted program.
 
 Old, reference and new log-probabilities come from `rollout.scoring.answer_logprobs` at one minibatch shape: before the
 first update every ratio is 1 and the KL to an equal reference is 0.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models.roles import RoleSpec, Weights
-from rlhf_jax.objectives import gae, kl_penalized_rewards, ppo_policy_loss, ppo_value_loss, whiten
+from rlhf_jax.objectives import kl_estimate, ppo_policy_loss, ppo_value_loss, sequence_logprobs
 from rlhf_jax.rollout.generate import Rollout
 from rlhf_jax.rollout.scoring import (
     RoleScores,
     answer_logprobs,
+    answer_logprobs_and_values,
     answer_scores,
     answer_values,
     scores_together,
     with_end_token,
 )
-from rlhf_jax.training.gradient import Objective, RecordLosses, microbatches, plain_gradient
+from rlhf_jax.training.experience import Experience, PPOConfig, answer_mask
+from rlhf_jax.training.gradient import GradientFunction, Objective, RecordLosses, microbatches, plain_gradient
+from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.state import TrainState, apply_gradient
 
 Array = jax.Array
 Metrics = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class PPOConfig:
-    """The numbers of PPO; hashable, so the jitted functions take it as static."""
-
-    epochs: int = 2
-    minibatches: int = 2
-    accumulation: int = 1
-    kl_coef: float = 0.05
-    missing_end_penalty: float = -1.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip_ratio: float = 0.2
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-    whiten_advantages: bool = True
-
-
-class Experience(struct.PyTreeNode):
-    """A scored rollout: what the update reads. (B, ...) leaves; entries beyond a length are 0."""
-
-    prompts: Array  # (B, P)
-    prompt_lengths: Array  # (B,)
-    tokens: Array  # (B, N)
-    lengths: Array  # (B,)
-    logprobs: Array  # (B, N) of the policy that sampled, by scoring
-    values: Array  # (B, N)
-    advantages: Array  # (B, N)
-    returns: Array  # (B, N)
 
 
 def _row_fields(rollout: Rollout | Experience) -> tuple[Array, Array, Array, Array]:
@@ -91,6 +62,13 @@ def score_values(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int)
 
 
 @partial(jax.jit, static_argnames=("spec", "parts"))
+def score_shared(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int) -> tuple[Array, Array, Array]:
+    """Log-probabilities, entropies and values (B, N) of a policy that carries the value head, in one pass."""
+    score = partial(answer_logprobs_and_values, spec, weights, temperature=rollout.sampling.temperature)
+    return _over_parts(score, _row_fields(rollout), parts)
+
+
+@partial(jax.jit, static_argnames=("spec", "parts"))
 def score_together(
     spec: RoleSpec, base: Any, adapters: dict[str, Any], value_head: dict[str, Array], rollout: Rollout, parts: int
 ) -> RoleScores:
@@ -111,89 +89,72 @@ def score_rewards(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int
     return _over_parts(partial(answer_scores, spec, weights), (prompts, prompt_lengths, tokens, lengths), parts)
 
 
-def end_penalized(scores: Array, ended: Array, penalty: float) -> Array:
-    """Scores with `penalty` put in the place of the score of every answer that has no stop token."""
-    return jnp.where(ended, scores, penalty)
+def ppo_objective(config: PPOConfig, policy: RoleSpec, value: RoleSpec | None) -> Objective:
+    """Clipped policy loss, value_coef * clipped value loss, KL and entropy terms: one loss an answer.
 
+    An answer's loss and weight follow `PPOConfig.weighting`: "token": its sum, over all tokens of the batch;
+    "sequence": its mean over its tokens, over all answers; "constant": its sum over the longest answer allowed, over
+    all answers.
 
-@partial(jax.jit, static_argnames="config")
-def make_experience(
-    config: PPOConfig,
-    rollout: Rollout,
-    logprobs: Array,
-    ref_logprobs: Array,
-    entropy: Array,
-    values: Array,
-    scores: Array,
-) -> tuple[Experience, Metrics]:
-    """Rewards, advantages and returns of a scored rollout, and its metrics.
-
-    Statistics (whitening, metrics) are over the global batch. Metrics, each a mean over answers unless said:
-    `objective/kl` sum over tokens of log pi - log pi_ref; `objective/entropy` sum of -log pi; `objective/scores` after
-    the missing-end penalty; `objective/rlhf_reward` = scores - kl_coef * kl; `policy/entropy` exact, mean over tokens;
-    `rollout/logprob_gap` mean over tokens of |decode - score|; `val/num_eos_tokens` a count.
+    trainable and frozen: {"policy": parts of the weights, "value": parts}, and frozen["kl_coef"] ();
+    batch: `Experience`. `value` is None without a critic of its own.
     """
-    mask = jnp.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    count = jnp.sum(mask)
-    scores = end_penalized(scores, rollout.ended, config.missing_end_penalty)
-    rewards = kl_penalized_rewards(scores, logprobs, ref_logprobs, rollout.lengths, config.kl_coef)
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    kl = jnp.sum(jnp.where(mask, logprobs - ref_logprobs, 0.0), axis=-1)
-    metrics = {
-        "objective/kl": kl.mean(),
-        "objective/entropy": -jnp.sum(logprobs, axis=-1).mean(),
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "objective/rlhf_reward": (scores - config.kl_coef * kl).mean(),
-        "objective/kl_coef": jnp.float32(config.kl_coef),
-        "policy/entropy": entropy.sum() / count,
-        "rollout/logprob_gap": jnp.sum(jnp.abs(rollout.logprobs - logprobs)) / count,
-        "val/num_eos_tokens": rollout.ended.sum(),
-        "response_length": rollout.lengths.mean(dtype=jnp.float32),
-        "returns/mean": returns.sum() / count,
-        "val/error": jnp.sum(jnp.where(mask, jnp.square(values - returns), 0.0)) / count,
-    }
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    fields = (rollout.prompts, rollout.prompt_lengths, rollout.tokens, rollout.lengths)
-    return Experience(*fields, logprobs, values, advantages, returns), metrics
 
-
-def ppo_objective(config: PPOConfig, policy: RoleSpec, value: RoleSpec, temperature: float) -> Objective:
-    """Clipped policy loss + value_coef * clipped value loss, one loss an answer; weights are its tokens.
-
-    trainable and frozen: {"policy": parts of the weights, "value": parts}; batch: `Experience`.
-    """
+    def outputs(weights: dict[str, Weights], batch: Experience) -> tuple[Array, Array, Array]:
+        fields, temperature = _row_fields(batch), batch.sampling.temperature
+        if config.shares_critic:
+            return answer_logprobs_and_values(policy, weights["policy"], *fields, temperature)
+        logprobs, entropy = answer_logprobs(policy, weights["policy"], *fields, temperature)
+        if value is None:
+            return logprobs, entropy, batch.values
+        return logprobs, entropy, answer_values(value, weights["value"], *fields)
 
     def objective(trainable: Any, frozen: Any, batch: Experience) -> RecordLosses:
-        fields = _row_fields(batch)
-        weights = {role: {**frozen[role], **trainable[role]} for role in ("policy", "value")}
-        logprobs, _ = answer_logprobs(policy, weights["policy"], *fields, temperature)
-        values = answer_values(value, weights["value"], *fields)
-        mask = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+        weights = {role: {**frozen[role], **trainable[role]} for role in trainable}
+        logprobs, entropy, values = outputs(weights, batch)
+        mask = answer_mask(batch.lengths, batch.tokens.shape[1])
         count = jnp.sum(mask, dtype=jnp.float32)
 
         def masked(x: Array) -> Array:
             return jnp.where(mask, x, 0.0)
 
-        pg = masked(ppo_policy_loss(logprobs, batch.logprobs, batch.advantages, config.clip_ratio))
-        vf = masked(ppo_value_loss(values, batch.values, batch.returns, config.value_clip))
-        log_ratio = masked(logprobs - batch.logprobs)
+        compared = logprobs, batch.logprobs
+        if config.ratio == "sequence":
+            compared = sequence_logprobs(logprobs, mask), sequence_logprobs(batch.logprobs, mask)
+        pg = masked(ppo_policy_loss(*compared, batch.advantages, config.clip_ratio, config.dual_clip))
+        log_ratio = masked(compared[0] - compared[1])
         ratio = jnp.exp(log_ratio)
-        metrics = {
+        tokens = {
             "loss/policy": pg,
-            "loss/value": vf,
             "policy/approxkl": 0.5 * jnp.square(log_ratio),
             "policy/clipfrac": masked(jnp.abs(ratio - 1.0) > config.clip_ratio),
-            "val/clipfrac": masked(jnp.abs(values - batch.values) > config.value_clip),
             "val/ratio": masked(ratio),
             "val/ratio_error": masked(jnp.abs(ratio - 1.0)),
         }
-        losses = jnp.sum(pg + config.value_coef * vf, axis=-1)
-        sums = {name: (jnp.sum(x, dtype=jnp.float32), count) for name, x in metrics.items()}
-        return RecordLosses(losses, batch.lengths.astype(jnp.float32), sums)
+        losses = pg
+        if config.has_critic:
+            vf = masked(ppo_value_loss(values, batch.values, batch.returns, config.value_clip))
+            tokens["loss/value"] = vf
+            tokens["val/clipfrac"] = masked(jnp.abs(values - batch.values) > config.value_clip)
+            losses = losses + config.value_coef * vf
+        if config.kl_in == "loss":
+            tokens["loss/kl"] = masked(kl_estimate(logprobs, batch.ref_logprobs, config.kl_estimator))
+            losses = losses + frozen["kl_coef"] * tokens["loss/kl"]
+        if config.entropy_coef:
+            tokens["loss/entropy"] = masked(entropy)
+            losses = losses - config.entropy_coef * tokens["loss/entropy"]
+        sums = {name: (jnp.sum(x, dtype=jnp.float32), count) for name, x in tokens.items()}
+        return RecordLosses(*_weighted(config, jnp.sum(losses, axis=-1), batch), sums)
 
     return objective
+
+
+def _weighted(config: PPOConfig, losses: Array, batch: Experience) -> tuple[Array, Array]:
+    """Each answer's summed loss (B,) as `config.weighting` counts it, and its share of the denominator."""
+    lengths, longest = batch.lengths.astype(jnp.float32), batch.tokens.shape[1]
+    if config.weighting == "token":
+        return losses, lengths
+    return losses / (lengths if config.weighting == "sequence" else longest), jnp.ones_like(lengths)
 
 
 def minibatch_rows(key: Array, rows: int, epochs: int, minibatches: int) -> Array:
@@ -203,33 +164,80 @@ def minibatch_rows(key: Array, rows: int, epochs: int, minibatches: int) -> Arra
     return orders.reshape(epochs * minibatches, rows // minibatches)
 
 
+def _gradient(config: PPOConfig, policy: RoleSpec, value: RoleSpec | None, segments: int) -> GradientFunction:
+    """The gradient of the objective, and of ptx_coef times the language-model loss of `segments` packed records."""
+    ours = plain_gradient(ppo_objective(config, policy, value), config.accumulation)
+    if not config.ptx_coef:
+        return lambda params, frozen, batch: ours(params, frozen, batch[0])
+    theirs = plain_gradient(sft_objective(policy, segments), config.accumulation)
+
+    def gradient(params: Any, frozen: Any, batch: tuple[Experience, Any]) -> tuple[Any, Metrics]:
+        grads, metrics = ours(params, frozen, batch[0])
+        mixed, figures = theirs(params["policy"], frozen["policy"], batch[1])
+        both = jax.tree.map(lambda a, b: a + config.ptx_coef * b, grads["policy"], mixed)
+        return {**grads, "policy": both}, {**metrics, "loss/ptx": figures["loss/train"]}
+
+    return gradient
+
+
 def make_update(
     config: PPOConfig,
     policy: RoleSpec,
-    value: RoleSpec,
-    temperature: float,
+    value: RoleSpec | None,
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
+    segments: int = 1,
 ):
-    """The jitted `(state, frozen, experience, key) -> (state, metrics)`: all epochs and minibatches in one program.
+    """The jitted `(state, frozen, experience, kl_coef, key, ptx) -> (state, metrics)`: one rollout's updates.
 
-    The state is donated. Metrics are means over the updates; `val/first_ratio_error` is of the first minibatch, where
-    nothing has been updated yet: the mean of |ratio - 1|, 0 up to rounding.
+    All epochs and minibatches run in one program; the state is donated. `kl_coef` is the rollout's; `ptx`, or None, is
+    a packed batch whose rows are those of all minibatches, one minibatch after the other. Where `stops_updates`, the
+    first minibatch that passes `stop_limit` is not applied, and none after it.
+
+    Metrics are means over the updates that were made, `policy/updates` of them; `val/first_ratio_error` is of the first
+    minibatch, where nothing has been updated yet: the mean of |ratio - 1|, 0 up to rounding.
     """
-    gradient = plain_gradient(ppo_objective(config, policy, value, temperature), config.accumulation)
+    gradient = _gradient(config, policy, value, segments)
+    count = config.epochs * config.minibatches
 
-    def update(state: TrainState, frozen: Any, experience: Experience, key: Array) -> tuple[TrainState, Metrics]:
-        def one(state: TrainState, rows: Array) -> tuple[TrainState, Metrics]:
-            batch = jax.tree.map(lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), experience)
-            grads, metrics = gradient(state.params, frozen, batch)
-            state, norms = apply_gradient(state, grads, optimizer)
-            return state, metrics | norms
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics, Array]:
+        grads, metrics = gradient(state.params, frozen, batch)
+        going = metrics[config.stop_metric] <= config.stop_limit if config.stops_updates else jnp.bool_(True)
+        moved, norms = apply_gradient(state, grads, optimizer)
+        if config.stops_updates:
+            moved = jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
+        return moved, metrics | norms, going
+
+    def update(
+        state: TrainState, frozen: Any, experience: Experience, kl_coef: Array, key: Array, ptx: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        constants = {**frozen, "kl_coef": kl_coef}
+
+        def batch_of(rows: Array, mixed: Any) -> Any:
+            return jax.tree.map(lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), experience), mixed
+
+        def one(carry: tuple[TrainState, Array], inputs: Any) -> tuple[tuple[TrainState, Array], Any]:
+            state, going = carry
+            if not config.stops_updates:
+                state, metrics, _ = step(state, constants, batch_of(*inputs))
+                return (state, going), (metrics, going)
+            shapes = jax.eval_shape(step, state, constants, batch_of(*inputs))
+            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1])
+            state, metrics, going = jax.lax.cond(
+                going,
+                lambda: step(state, constants, batch_of(*inputs)),
+                lambda: (state, nothing, going),
+            )
+            return (state, going), (metrics, going)
 
         rows = minibatch_rows(key, experience.lengths.shape[0], config.epochs, config.minibatches)
-        state, stacked = jax.lax.scan(one, state, rows)
-        metrics = {name: x.mean() for name, x in stacked.items()}
+        mixed = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), ptx)
+        (state, _), (stacked, made) = jax.lax.scan(one, (state, jnp.bool_(True)), (rows, mixed))
+        looked_at = jnp.concatenate([jnp.ones((1,), bool), made[:-1]])  # the one that stopped it is measured too
+        metrics = {name: jnp.sum(x * looked_at) / looked_at.sum() for name, x in stacked.items()}
+        metrics["policy/updates"] = made.sum()
         metrics["val/first_ratio_error"] = stacked["val/ratio_error"][0]
-        metrics["val/ratio_var"] = stacked["val/ratio"].var()
+        metrics["val/ratio_var"] = stacked["val/ratio"].var(where=looked_at)
         return state, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

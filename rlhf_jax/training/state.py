@@ -18,11 +18,12 @@ Tree = Any
 
 
 class TrainState(struct.PyTreeNode):
-    """All that an optimizer step changes. `step` counts optimizer steps."""
+    """All that training changes. `step` counts optimizer steps."""
 
     step: Any  # () int32
     params: Tree  # the trainable part of the roles' weights
     opt_state: Tree
+    controllers: Tree = ()  # what steers the loss besides: KL coefficient, reward statistics
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -54,7 +55,8 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
 
     Every one clips by the global norm first, decays decoupled from the gradient (`decays` says what) and follows
     `make_schedule`. By `name`:
-      adamw: arXiv 1711.05101, by `b1`, `b2`, `eps`; `moment_dtype` keeps the first moment in another dtype.
+      adamw: arXiv 1711.05101, by `b1`, `b2`, `eps`; `moment_dtype` keeps the first moment in another dtype;
+        `tf_epsilon` places eps as TensorFlow does (`scale_by_tf_adam`).
       adafactor: arXiv 1804.04235 without first moment and without learning rates relative to the parameters, so that
         `learning_rate` means what it means for adamw. A matrix's second moment is kept as one row and one column; its
         decay 1 - t^-0.8 stops at `b2` (arXiv 2106.04560). `b1`, `eps` and `moment_dtype` have no part in it.
@@ -71,14 +73,11 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
         raise UserError(f'optimizer.moment_dtype is "{moment_dtype}": it must be "" (float32) or "bfloat16"')
     schedule = make_schedule(config, steps)
     if name == "adamw":
-        optimizer = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=moment_dtype or None,
-            weight_decay=config.weight_decay,
-            mask=decays,
+        scale = scale_by_tf_adam if config.get("tf_epsilon") else optax.scale_by_adam
+        optimizer = optax.chain(
+            scale(config.b1, config.b2, config.eps, mu_dtype=moment_dtype or None),
+            optax.add_decayed_weights(config.weight_decay, mask=decays),
+            optax.scale_by_learning_rate(schedule),
         )
     elif name == "adafactor":
         if moment_dtype:
@@ -96,6 +95,24 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer if param_dtype == "float32" else with_float32_master(optimizer)
+
+
+def scale_by_tf_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> optax.GradientTransformation:
+    """Adam as TensorFlow writes it: sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), with m and v not corrected.
+
+    Optax and PyTorch add eps to the corrected root, sqrt(v / (1 - b2^t)); here eps counts 1 / sqrt(1 - b2^t) times as
+    much, so the first steps are smaller where gradients are. The 2019 PPO was run with it (eps 1e-5).
+    """
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+
+    def update(grads: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        _, state = adam.update(grads, state, params)
+        t = state.count.astype(jnp.float32)
+        first, second = 1.0 - b1**t, jnp.sqrt(1.0 - b2**t)
+        scaled = jax.tree.map(lambda m, v: second / first * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
+        return scaled, state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _growing_decay(limit: float) -> Any:
@@ -149,7 +166,9 @@ def with_float32_master(inner: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformation(init, update)
 
 
-def state_shardings(params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, controllers: Tree = ()
+) -> TrainState:
     """The shardings of a `TrainState`: whatever `optimizer` makes of a parameter's axes lives where they do.
 
     A moment or master copy has its parameter's sharding, a factored moment that of the axes it kept, all else is whole
@@ -168,16 +187,21 @@ def state_shardings(params: Tree, axes: Tree, optimizer: optax.GradientTransform
     def placed(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         return NamedSharding(mesh, leaf.sharding.spec if leaf.sharding is not None else PartitionSpec())
 
-    return TrainState(step=replicated(mesh), params=at, opt_state=jax.tree.map(placed, opt_state))
+    steering = jax.tree.map(lambda _: replicated(mesh), controllers)
+    return TrainState(replicated(mesh), at, jax.tree.map(placed, opt_state), steering)
 
 
-def init_state(params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, controllers: Tree = ()
+) -> TrainState:
     """A fresh state on the mesh. `params` are copied: the state is donated step by step, its source is not."""
 
-    def create(params: Tree) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+    def create(params: Tree, controllers: Tree) -> TrainState:
+        copied = jax.tree.map(jnp.copy, (params, controllers))
+        return TrainState(jnp.zeros((), jnp.int32), copied[0], optimizer.init(params), copied[1])
 
-    return jax.jit(create, out_shardings=state_shardings(params, axes, optimizer, mesh))(params)
+    shardings = state_shardings(params, axes, optimizer, mesh, controllers)
+    return jax.jit(create, out_shardings=shardings)(params, controllers)
 
 
 def apply_gradient(
@@ -190,7 +214,7 @@ def apply_gradient(
         f"optimizer/{name}_norm": optax.tree_utils.tree_norm(optax.tree_utils.tree_cast(tree, jnp.float32))
         for name, tree in (("gradient", grads), ("update", updates), ("parameter", params))
     }
-    return TrainState(state.step + 1, params, opt_state), norms
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), norms
 
 
 def make_step(gradient: GradientFunction, optimizer: optax.GradientTransformation, shardings: TrainState):

@@ -15,9 +15,10 @@ from rlhf_jax.models.lora import LoraConfig, init_adapters
 from rlhf_jax.models.roles import RoleSpec, init_base, split, weight_axes
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.reward import reward_objective
+from rlhf_jax.training.experience import Experience, PPOConfig
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.language_model import sft_objective
-from rlhf_jax.training.ppo import Experience, PPOConfig, make_update
+from rlhf_jax.training.ppo import make_update
 from rlhf_jax.training.state import init_state, make_step, state_shardings
 
 SHAPE = TransformerConfig(vocab_size=64, layers=2, width=32, heads=4, kv_heads=2, head_dim=16, ffn=64, context=64)
@@ -102,6 +103,7 @@ def rollout_rows():
         "tokens": np.where(mask, draw.integers(3, 64, (ROWS, 10)), 0).astype(np.int32),
         "lengths": lengths,
         "logprobs": normal(-4.2, 0.2),
+        "ref_logprobs": normal(-4.2, 0.2),
         "values": normal(0.0, 0.3),
         "advantages": normal(0.0, 1.0),
         "returns": normal(0.0, 1.0),
@@ -136,12 +138,12 @@ def ppo_steps(lora, mesh, accumulation):
     axes = {name: weight_axes(specs[name][0], trainable[name]) for name in specs}
     config = PPOConfig(epochs=PPO.epochs, minibatches=PPO.minibatches, accumulation=accumulation)
     shardings = state_shardings(trainable, axes, optimizer(), mesh)
-    update = make_update(config, specs["policy"][0], specs["value"][0], 1.0, optimizer(), shardings)
+    update = make_update(config, specs["policy"][0], specs["value"][0], optimizer(), shardings)
     state = init_state(trainable, axes, optimizer(), mesh)
-    experience = Experience(**place(rollout_rows(), mesh))
+    experience = Experience(**place(rollout_rows(), mesh), sampling=Sampling(10))
     history = []
     for i in range(STEPS):
-        state, metrics = update(state, frozen, experience, jax.random.key(i))
+        state, metrics = update(state, frozen, experience, config.kl_coef, jax.random.key(i))
         history.append(metrics)
     return state, history
 

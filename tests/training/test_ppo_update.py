@@ -13,17 +13,9 @@ from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.lora import init_adapters
 from rlhf_jax.models.roles import RoleSpec, init_base, split
 from rlhf_jax.rollout import Rollout, Sampling, generate
-from rlhf_jax.training.ppo import (
-    Experience,
-    PPOConfig,
-    end_penalized,
-    make_experience,
-    make_update,
-    minibatch_rows,
-    score_logprobs,
-    score_rewards,
-    score_values,
-)
+from rlhf_jax.rollout.scoring import RoleScores
+from rlhf_jax.training.experience import Experience, PPOConfig, end_penalized, init_controllers, make_experience
+from rlhf_jax.training.ppo import make_update, minibatch_rows, score_logprobs, score_rewards, score_values
 from rlhf_jax.training.state import TrainState
 
 CONFIG = TransformerConfig(
@@ -79,7 +71,13 @@ def experience_of(roles, rollout, config=ONCE, reference=None):
     ref_logprobs, _ = score_logprobs(roles.spec, reference or roles.weights["policy"], rollout, parts)
     values = score_values(roles.spec, roles.weights["value"], rollout, parts)
     scores = score_rewards(roles.reward, roles.weights["reward"], rollout, parts)
-    return make_experience(config, rollout, logprobs, ref_logprobs, entropy, values, scores)
+    return experienced(config, rollout, logprobs, ref_logprobs, entropy, values, scores)
+
+
+def experienced(config, rollout, logprobs, ref_logprobs, entropy, values, scores):
+    """(experience, metrics) with fresh controllers."""
+    read = RoleScores(logprobs, ref_logprobs, entropy, values)
+    return make_experience(config, rollout, read, scores, init_controllers(config))[:2]
 
 
 def trainable_and_frozen(roles):
@@ -88,18 +86,18 @@ def trainable_and_frozen(roles):
 
 
 @cache
-def shared_update(config, spec, temperature, optimizer):
+def shared_update(config, spec, optimizer):
     """One program for all tests that run it."""
-    return make_update(config, spec, spec, temperature, optimizer)
+    return make_update(config, spec, spec, optimizer)
 
 
-def run(roles, experience, config, temperature=1.0, key=0, optimizer=OPTIMIZER):
+def run(roles, experience, config, key=0, optimizer=OPTIMIZER):
     """(new trainable weights, metrics) of one update from the roles' weights."""
     params, frozen = trainable_and_frozen(roles)
     params = jax.tree.map(jnp.copy, params)  # donated
-    update = shared_update(config, roles.spec, temperature, optimizer)
+    update = shared_update(config, roles.spec, optimizer)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
-    state, metrics = update(state, frozen, experience, jax.random.key(key))
+    state, metrics = update(state, frozen, experience, config.kl_coef, jax.random.key(key))
     assert int(state.step) == config.epochs * config.minibatches
     return state.params, metrics
 
@@ -144,9 +142,10 @@ def test_one_temperature_for_sampling_old_and_new(full):
     experience, metrics = experience_of(full, rollout)
     assert float(metrics["rollout/logprob_gap"]) < 1e-5  # decoding and scoring
     assert float(metrics["objective/kl"]) == 0.0
-    _, metrics = run(full, experience, ONCE, temperature=0.7)
+    _, metrics = run(full, experience, ONCE)
     assert float(metrics["val/first_ratio_error"]) < 1e-5
-    _, metrics = run(full, experience, ONCE, temperature=1.0)
+    other = dataclasses.replace(experience.sampling, temperature=1.0)
+    _, metrics = run(full, experience.replace(sampling=other), ONCE)
     assert float(metrics["val/first_ratio_error"]) > 1e-2  # what a second temperature would show
 
 
@@ -193,7 +192,7 @@ def synthetic(seed=0):
 def test_experience_equals_the_float64_loop():
     config = PPOConfig(kl_coef=0.3, missing_end_penalty=-2.5, gamma=0.97, lam=0.9)
     rollout, mask, arrays = synthetic()
-    experience, metrics = make_experience(config, rollout, *arrays)
+    experience, metrics = experienced(config, rollout, *arrays)
     logprobs, ref_logprobs, entropy, values, scores = (np.asarray(x, np.float64) for x in arrays)
     scores = [score if ended else -2.5 for score, ended in zip(scores, rollout.ended, strict=True)]
     advantages = np.zeros(mask.shape)
@@ -213,14 +212,18 @@ def test_experience_equals_the_float64_loop():
         "objective/entropy": -logprobs.sum(1).mean(),
         "objective/scores": np.mean(scores),
         "objective/scores_std": np.std(scores),
+        "objective/raw_scores": arrays[-1].mean(),
         "objective/rlhf_reward": np.mean(scores - 0.3 * kl),
         "objective/kl_coef": 0.3,
         "policy/entropy": entropy.sum() / mask.sum(),
         "rollout/logprob_gap": 0.0,
+        "rollout/repeated": 0.0,
         "val/num_eos_tokens": 5,
         "response_length": 29 / 8,
         "returns/mean": returns.sum() / mask.sum(),
+        "returns/var": returns[mask].var(),
         "val/error": np.square(values - returns)[mask].mean(),
+        "val/var_explained": 1 - (returns - values)[mask].var() / returns[mask].var(),
     }
     assert set(metrics) == set(expected)
     for name, number in expected.items():
@@ -232,11 +235,11 @@ def test_an_answer_without_an_end_gets_the_penalty_for_its_score():
     config = PPOConfig(gamma=1.0, lam=1.0, whiten_advantages=False, missing_end_penalty=-1.0)
     rollout, mask, (logprobs, _, entropy, values, _) = synthetic()
     scores = np.linspace(0.1, 0.8, 8, dtype=np.float32)
-    experience, metrics = make_experience(config, rollout, logprobs, logprobs, entropy, 0 * values, scores)
+    experience, metrics = experienced(config, rollout, logprobs, logprobs, entropy, 0 * values, scores)
     got = [-1.0, 0.2, 0.3, -1.0, 0.5, 0.6, -1.0, 0.8]
     np.testing.assert_allclose(experience.advantages, np.where(mask, np.array(got)[:, None], 0.0), rtol=1e-6)
     np.testing.assert_allclose(metrics["objective/scores"], np.mean(got), rtol=1e-6)
-    np.testing.assert_array_equal(end_penalized(scores, rollout.ended, -1.0), np.float32(got))
+    np.testing.assert_array_equal(end_penalized(scores, rollout.ended, config), np.float32(got))
 
 
 def test_whitening_is_over_the_whole_batch_however_it_is_split(full):
@@ -283,11 +286,12 @@ def test_update_equals_a_loop_of_gradient_steps(full):
     config = PPOConfig(epochs=2, minibatches=2, value_coef=0.5, clip_ratio=0.1, value_clip=0.05)
     rollout = roll(full, temperature=0.7)
     experience, _ = experience_of(full, rollout)
-    ours, metrics = run(full, experience, config, temperature=0.7, key=3)
+    ours, metrics = run(full, experience, config, key=3)
     sequence = np.zeros((ROWS, WIDTH + COUNT), np.int32)
     for i, (n, m) in enumerate(zip(LENGTHS, rollout.lengths, strict=True)):
         sequence[i, : n + m] = np.concatenate([PROMPTS[i, :n], rollout.tokens[i, :m]])
-    fields = {f.name: np.asarray(getattr(experience, f.name)) for f in dataclasses.fields(Experience)}
+    names = [f.name for f in dataclasses.fields(Experience) if f.name != "sampling"]
+    fields = {name: np.asarray(getattr(experience, name)) for name in names}
     batch = {**fields, "sequence": sequence, "mask": np.arange(COUNT) < fields["lengths"][:, None]}
     params, _ = trainable_and_frozen(full)
     start = params
@@ -350,7 +354,7 @@ def test_every_epoch_reads_every_row_once_in_its_own_order():
 
 def test_one_program_for_all_iterations_and_the_key_matters(full):
     config = PPOConfig(epochs=2, minibatches=2)
-    update = shared_update(config, full.spec, 1.0, OPTIMIZER)
+    update = shared_update(config, full.spec, OPTIMIZER)
     jax.block_until_ready(run(full, experience_of(full, roll(full))[0], config))
     assert update._cache_size() == 1
     experience, _ = experience_of(full, roll(full))
@@ -359,10 +363,10 @@ def test_one_program_for_all_iterations_and_the_key_matters(full):
     for key in (0, 1):
         copied = jax.tree.map(jnp.copy, params)
         state = TrainState(jnp.int32(0), copied, OPTIMIZER.init(copied))
-        state, _ = update(state, frozen, experience, jax.random.key(key))
+        state, _ = update(state, frozen, experience, config.kl_coef, jax.random.key(key))
         after.append(jax.tree.map(np.asarray, state.params))
         second, _ = experience_of(full, roll(full, key=key + 1))
-        state, _ = update(state, frozen, second, jax.random.key(7))
+        state, _ = update(state, frozen, second, config.kl_coef, jax.random.key(7))
         assert int(state.step) == 8
     assert update._cache_size() == 1
     assert largest(*after) > 1e-4  # other minibatches

@@ -1,0 +1,167 @@
+"""What scores a rollout: reward models on the device, functions on the host, and the weighted sum of several."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import is_folder, is_function, reward_sources
+from rlhf_jax.data.schemas import Record
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.distributed.sharding import batch_sharding, place_batch
+from rlhf_jax.errors import UserError
+from rlhf_jax.rollout import Rollout
+from rlhf_jax.rollout.functions import RewardFunction, load_function, score_answers
+from rlhf_jax.rollout.reencode import ForeignScores, answer_text
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import Role
+from rlhf_jax.training.ppo import score_rewards
+
+
+@dataclasses.dataclass
+class Pending:
+    """A rollout whose scores are on their way."""
+
+    rollout: Rollout
+    records: Sequence[Record]
+    scores: dict[str, jax.Array]  # (B,) of reward models that read the policy's tokens
+    called: Future[dict[str, np.ndarray]] | None  # of functions: this process's rows
+
+
+class Judge:
+    """Scores of a rollout by every source of a stage's `reward`.
+
+    Attributes:
+      names: a short name of each source, in the config's order: the stage's, the folder's or the function's.
+      roles: name -> reward role, of the sources that are models.
+      foreign: name -> whether that model has a tokenizer other than the policy's.
+    """
+
+    def __init__(self, context: Context, tokenizer: Tokenizer, mesh: Mesh, *, parts: int, stop_strings: bool):
+        """Loads every source.
+
+        Args:
+          tokenizer: the policy's.
+          parts: pieces that a reward model reads a rollout in, one after the other.
+          stop_strings: answers may end without a stop token; reward models read one behind them.
+        """
+        stages, sources = context.experiment.stages, reward_sources(context.config)
+        self.names = source_names(sources)
+        self.roles: dict[str, Role] = {}
+        self.foreign: dict[str, bool] = {}
+        self._tokenizer, self._mesh, self._parts, self._stop_strings = tokenizer, mesh, parts, stop_strings
+        self._functions: dict[str, RewardFunction] = {}
+        self._rescore: dict[str, ForeignScores] = {}
+        for name, source in zip(self.names, sources, strict=True):
+            if is_function(source):
+                self._functions[name] = load_function(source)
+                continue
+            role = self.roles[name] = context.load(source, mesh)
+            self.foreign[name] = role.tokenizer.identity != tokenizer.identity
+            if self.foreign[name]:
+                whole = is_folder(stages, source)
+                self._rescore[name] = ForeignScores(role.spec, role.weights, role.tokenizer, tokenizer, mesh, whole)
+        weights = dict(zip(self.names, context.config.reward_weights or [1.0] * len(sources), strict=True))
+
+        def combine(parts: list[dict[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            columns = {name: jnp.concatenate([part[name] for part in parts]) for name in self.names}
+            total = jnp.sum(jnp.stack([weight * columns[name] for name, weight in weights.items()]), axis=0)
+            return total, {f"rewards/{name}": column for name, column in columns.items()}
+
+        self._combine = jax.jit(combine, out_shardings=batch_sharding(mesh))
+        self._by_rows = jax.jit(lambda fields: fields, out_shardings=batch_sharding(mesh))
+        self._worker = ThreadPoolExecutor(1, "reward function")  # one: calls keep their order
+
+    def begin(self, rollout: Rollout, records: Sequence[Record]) -> Pending:
+        """Starts scoring without waiting for the rollout: models on the device, functions in a thread.
+
+        Args:
+          records: the normalized prompt record of each of the rollout's rows.
+        """
+        scores = {
+            name: score_rewards(role.spec, role.weights, rollout, self._parts, self._stop_strings)
+            for name, role in self.roles.items()
+            if not self.foreign[name]
+        }
+        called = None
+        if self._functions:  # the thread only copies shards: processes meet in no collective there
+            fields = self._by_rows((rollout.tokens, rollout.lengths, rollout.ended))
+            called = self._worker.submit(self._call, fields, records)
+        return Pending(rollout, records, scores, called)
+
+    def finish(self, pending: Sequence[Pending]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Waits for the scores of rollouts that were begun.
+
+        Returns:
+          The weighted sum (B,) float32, rows of all rollouts one after the other, and {"rewards/<name>": (B,) float32}
+          of each source before its weight, all on the mesh.
+
+        Raises:
+          UserError: a function raised, or returned something else than a finite number for each answer.
+        """
+        parts = []
+        for one in pending:
+            texts = [record["prompt"] for record in one.records]
+            foreign = {name: rescore(one.rollout, texts) for name, rescore in self._rescore.items()}
+            parts.append({**one.scores, **foreign, **self._placed(one)})
+        return self._combine(parts)
+
+    def _placed(self, one: Pending) -> dict[str, jax.Array]:
+        if one.called is None:
+            return {}
+        local = one.called.result()
+        return place_batch(len(one.records), lambda mine: local, self._mesh)  # this process's rows, as they were read
+
+    def _call(self, fields: Any, records: Sequence[Record]) -> dict[str, np.ndarray]:
+        """Scores of this process's rows by each function."""
+        rows, (tokens, lengths, ended) = _held(fields)
+        texts = [
+            answer_text(self._tokenizer, answer[:length].tolist(), bool(end))
+            for answer, length, end in zip(tokens, lengths, ended, strict=True)
+        ]
+        chosen = [records[row] for row in rows]
+        prompts = [record["prompt"] for record in chosen]
+        return {name: score_answers(function, prompts, texts, chosen) for name, function in self._functions.items()}
+
+
+def _held(fields: Sequence[jax.Array]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The row numbers of arrays sharded by rows that this process's devices hold, and those rows on the host."""
+    held, rows = [], np.zeros(0, int)
+    for x in fields:
+        shards = {shard.index[0].indices(len(x))[:2]: shard.data for shard in x.addressable_shards}
+        spans = sorted(shards)
+        held.append(np.concatenate([jax.device_get(shards[span]) for span in spans]))
+        rows = np.concatenate([np.arange(*span) for span in spans])
+    return rows, held
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """A short name for each reward source; a second one of the same name gets `_2` behind it."""
+    names: list[str] = []
+    for source in sources:
+        name = source.rpartition(":")[2] if is_function(source) else Path(source).name
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        names.append(next(x for x in itertools.chain([name], numbered) if x not in names))
+    return names
+
+
+def check_sources(context: Context) -> None:
+    """Imports every function that `reward` names; `context.check_folders` reads the folders.
+
+    Raises:
+      UserError: a file or function is not there, the import fails, or a weight is no finite number.
+    """
+    for source in reward_sources(context.config):
+        if is_function(source):
+            load_function(source)
+    for weight in context.config.reward_weights:
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UserError(f"stages.{context.name}.reward_weights has {weight!r}: give one finite number a source")
