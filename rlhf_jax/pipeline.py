@@ -9,35 +9,47 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import NOT_SEMANTIC, upstream
+from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, reward_sources, upstream
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.reporting import write_report
-from rlhf_jax.stages import export, memorization, ppo, prepare, reward, sft
+from rlhf_jax.rollout.functions import function_identity
+from rlhf_jax.stages import best_of_n, export, memorization, ppo, preference, prepare, reward, sft, tokenizer
 from rlhf_jax.stages import plan as plans
-from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.context import MODEL_FIELDS, Context
 from rlhf_jax.training.artifacts import folder_identity
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.loop import Stopped
 from rlhf_jax.validation import validate
 
 KINDS: dict[str, Any] = {
+    "tokenizer": tokenizer,
     "prepare": prepare,
     "sft": sft,
     "reward": reward,
     "ppo": ppo,
+    "preference": preference,
+    "best_of_n": best_of_n,
     "memorization": memorization,
     "export": export,
 }
 
-HOST_ONLY = ("prepare",)  # kinds that use no device: process 0 runs them, the others wait
+HOST_ONLY = ("tokenizer", "prepare")  # kinds that use no device: process 0 runs them, the others wait
 
 
 def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
-    """The fields of a stage that decide what it makes; a checkpoint folder stands for what it holds, wherever it is."""
+    """The fields of a stage that decide what it makes; a folder or file stands for what it holds, wherever it is."""
     fields = config.stages[name].to_dict()
-    for field, folder in Context(name, config, Path(), "").folders():
-        fields[field] = f"checkpoint {folder_identity(folder)}"
+
+    def content(source: str) -> str:
+        if is_function(source):
+            return function_identity(source)
+        folder = source != "scratch" and is_folder(config.stages, source)
+        return f"checkpoint {folder_identity(Path(source).expanduser())}" if folder else source
+
+    fields |= {field: content(fields[field]) for field in MODEL_FIELDS if fields.get(field)}
+    if "reward" in fields:
+        fields["reward"] = ",".join(map(content, reward_sources(config.stages[name])))
     return {name: value for name, value in fields.items() if name not in NOT_SEMANTIC}
 
 

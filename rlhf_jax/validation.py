@@ -250,6 +250,8 @@ def _check_preference(stages: ConfigDict, config: ConfigDict, where: str) -> Non
 
 
 def _check_best_of_n(stages: ConfigDict, config: ConfigDict, where: str) -> None:
+    if config.subject in stages and stages[config.subject].kind == "reward":
+        raise UserError(f'{where}.subject is "{config.subject}", a reward stage: name one of {", ".join(POLICIES)}')
     if config.samples < 2:
         raise UserError(
             f"{where}.samples is {config.samples}: best-of-n ranks the answers to a prompt, give at least 2"

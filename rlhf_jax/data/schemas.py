@@ -14,6 +14,8 @@ SCHEMAS = {
     "preference": ("prompt", "chosen", "rejected"),
     "safety": ("prompt", "responses", "better", "safer", "safe"),
     "messages": ("messages",),
+    "label": ("text", "label"),
+    "unpaired": ("prompt", "completion", "label"),
 }
 FORMS = {  # how a message to the user spells them
     "text": "{text} of strings",
@@ -22,7 +24,10 @@ FORMS = {  # how a message to the user spells them
     "preference": "{prompt, chosen, rejected} of strings or conversations",
     "safety": "{prompt, two responses, better_response_id, safer_response_id, is_response_0_safe, is_response_1_safe}",
     "messages": "{messages} of {role, content}",
+    "label": "{text, label} of a string and 0 | 1 | true | false",
+    "unpaired": "{prompt, completion, label} of strings or conversations, and true | false | 1 | 0",
 }
+FLAGS = {"true": True, "false": False, "1": True, "0": False}
 MAY_BE_EMPTY = ("prompt",)  # the model then starts from its start token alone
 HH_ANSWER = "\n\nAssistant:"  # the mark before every answer of an HH dialogue
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -54,6 +59,9 @@ def normalize_record(row: Any, schema: str, where: str) -> Record:
             "safety" {prompt, responses: [a, b], better: 0 | 1, safer: 0 | 1, safe: [bool, bool]}, from these names or
                 from `response_0`, `response_1`, `better_response_id`, `safer_response_id`, `is_response_N_safe`.
             "messages" {messages}: a conversation with an answer in it, also from `conversations` of {from, value}.
+            "label" {text, label}: a string, and whether it is what the reward wants: 0 | 1 | true | false, kept as a
+                bool.
+            "unpaired" {prompt, completion, label}: a completion, and whether it is a good one, kept as a bool.
         where: the file and line, for messages.
 
     Returns:
@@ -123,7 +131,6 @@ def _safety(row: Record) -> Record:
         safe = [_present(row, f"is_response_{i}_safe") for i in (0, 1)]
     if len(safe) != 2:
         raise _Malformed('field "safe" is not a list of two labels')
-    flags = {"true": True, "false": False, "1": True, "0": False}
     labelled = {f"is_response_{i}_safe": value for i, value in enumerate(safe)}
     texts = _prompt_and_answers(row, {f"response_{i}": answer for i, answer in enumerate(pair)})
     for consumed in (*(f"{name}_response_id" for name in labels), *labelled, "response_0", "response_1"):
@@ -133,7 +140,7 @@ def _safety(row: Record) -> Record:
         "prompt": texts["prompt"],
         "responses": [texts["response_0"], texts["response_1"]],
         **labels,
-        "safe": [_choice(labelled, field, flags) for field in labelled],
+        "safe": [_choice(labelled, field, FLAGS) for field in labelled],
     }
 
 
@@ -150,6 +157,16 @@ def _messages(row: Record) -> Record:
     return {**row, "messages": messages}
 
 
+def _label(row: Record) -> Record:
+    row = _text(row)
+    return {**row, "label": _choice(row, "label", FLAGS)}
+
+
+def _unpaired(row: Record) -> Record:
+    row = _completion(row)
+    return {**row, "label": _choice(row, "label", FLAGS)}
+
+
 NORMALIZERS: dict[str, Callable[[Record], Record]] = {
     "text": _text,
     "completion": _completion,
@@ -157,6 +174,8 @@ NORMALIZERS: dict[str, Callable[[Record], Record]] = {
     "preference": _preference,
     "safety": _safety,
     "messages": _messages,
+    "label": _label,
+    "unpaired": _unpaired,
 }
 
 

@@ -1,6 +1,7 @@
 """Tokenizers: SentencePiece models, our own and foreign ones, and `load_tokenizer` for every kind."""
 
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -209,7 +210,8 @@ def _processor(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> None:
-    """Trains byte-pair encoding on `texts` and writes the model to `path`; the same texts give the same bytes.
+    """Trains byte-pair encoding on `texts` and writes the model to `path`, whole or not at all; the same texts
+    give the same bytes.
 
     Pieces: pad 0, bos 1, eos 2, unk 3, the fill-in-the-middle controls 4 to 6, 256 bytes, then merges. No merge goes on
     past a newline, so cutting a text at the start of a non-blank line never changes its tokens; ``"):\\n"`` and a run
@@ -255,4 +257,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int) -> 
             f"{path}: vocab_size {vocab_size} is too large, the texts support {reached}: "
             f"set vocab_size to {reached} or less, or give more text"
         )
-    Path(path).write_bytes(model.getvalue())
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_bytes(model.getvalue())
+    os.replace(partial, path)

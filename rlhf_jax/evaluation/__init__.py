@@ -1,5 +1,7 @@
-"""Measures of trained models: distances between completions, memorization of planted secrets, intervals."""
+"""Measures of trained models: distances between completions, memorization of planted secrets, best-of-n, intervals."""
 
+from rlhf_jax.evaluation.best_of_n import best_of_n_estimate as best_of_n_estimate
+from rlhf_jax.evaluation.best_of_n import best_of_n_kl as best_of_n_kl
 from rlhf_jax.evaluation.distances import edit_distance as edit_distance
 from rlhf_jax.evaluation.distances import normalized_edit_distance as normalized_edit_distance
 from rlhf_jax.evaluation.intervals import newcombe_difference as newcombe_difference

@@ -92,7 +92,7 @@ def self_attention(
       UserError: the implementation asked for by name can't run here.
     """
     length, head_dim = q.shape[1], q.shape[3]
-    platform, segmented = _platform(), segment_ids is not None
+    platform, segmented = current_platform(), segment_ids is not None
     chosen = choose(
         implementation,
         platform,
@@ -166,7 +166,7 @@ def _cudnn_obstacle(
     return ""
 
 
-def _platform() -> str:
+def current_platform() -> str:
     """The platform of the active mesh's devices (a topology's, compiled ahead of time), else of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()

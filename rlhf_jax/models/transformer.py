@@ -17,7 +17,7 @@ from flax import struct
 
 from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models import rotary
-from rlhf_jax.models.attention import NEGATIVE, RESIDUALS, self_attention
+from rlhf_jax.models.attention import NEGATIVE, RESIDUALS, current_platform, self_attention
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.dense import project
 from rlhf_jax.models.leaves import Leaf, base_leaves
@@ -80,6 +80,7 @@ def block(
     adapters: dict[str, Any] | None,
     x: Array,
     attention: Attention,
+    keep: Array | None = None,
 ) -> Array:
     """One decoder layer.
 
@@ -89,9 +90,10 @@ def block(
       adapters: {projection: {"a", "b"}} of this layer, or None.
       x: (B, T, width).
       attention: turns queries and keys to their positions and attends.
+      keep: (B, N) int32 positions, or None for all: what comes after attention is computed at these alone.
 
     Returns:
-      x (B, T, width).
+      x (B, T, width), or (B, N, width) at `keep`.
     """
     adapters = adapters or {}
     batch, length, _ = x.shape
@@ -116,7 +118,7 @@ def block(
         k = constrain(k.reshape(batch, length, kv_heads, head_dim), "batch", None, "kv_heads", None)
         v = constrain(v.reshape(batch, length, kv_heads, head_dim), "batch", None, "kv_heads", None)
         out = attention(head_norm("q_norm", q), head_norm("k_norm", k), v)
-        out = projection("o", out.reshape(batch, length, heads * head_dim))
+        out = projection("o", at_positions(out.reshape(batch, length, heads * head_dim), keep))
         return norm("post_attention_norm", out) if config.post_norms else out
 
     def fed_forward(h: Array) -> Array:
@@ -131,11 +133,17 @@ def block(
         out = projection("down", inner)
         return norm("post_ffn_norm", out) if config.post_norms else out
 
+    seen = attended(norm("attention_norm", x))
+    x = at_positions(x, keep)
     if config.parallel:
-        out = x + attended(norm("attention_norm", x)) + fed_forward(norm("ffn_norm", x))
-        return constrain(out, "batch", None, None)
-    x = constrain(x + attended(norm("attention_norm", x)), "batch", None, None)
+        return constrain(x + seen + fed_forward(norm("ffn_norm", x)), "batch", None, None)
+    x = constrain(x + seen, "batch", None, None)
     return constrain(x + fed_forward(norm("ffn_norm", x)), "batch", None, None)
+
+
+def at_positions(x: Array, keep: Array | None) -> Array:
+    """x (B, T, D) at the positions `keep` (B, N) of each row: (B, N, D); all of x without `keep`."""
+    return x if keep is None else jnp.take_along_axis(x, keep[:, :, None], axis=1)
 
 
 def _attend_whole(
@@ -279,6 +287,7 @@ class Transformer(nn.Module):
         adapters: dict[str, Any] | None = None,
         cache: Cache | None = None,
         prepared: dict[str, Any] | None = None,
+        keep: Array | None = None,
         return_hidden: bool = False,
     ) -> Any:
         """Runs the decoder.
@@ -291,6 +300,7 @@ class Transformer(nn.Module):
           adapters: {projection: {"a": ([R,] layers, d_in, rank), "b": ([R,] layers, rank, d_out)}}, b scaled.
           cache: a `Cache`: an empty one takes a right-padded prompt (T > 1), then it takes a token at a time (T = 1).
           prepared: the weights of `rollout.generate.prepare_weights`, used in place of the stacked ones.
+          keep: (B, N) int32 positions: the result is of these alone, (B, N, ...), and so is most of the last layer.
           return_hidden: give the final hidden states (B, T, width) in the config's dtype instead of logits.
 
         Returns:
@@ -307,9 +317,9 @@ class Transformer(nn.Module):
             x = x + jnp.take(outer["positions"], positions, axis=0).astype(c.dtype)
         x = constrain(x, "batch", None, None)
         if cache is None and prepared is None:
-            x = self._scanned(x, positions, segment_ids, adapters)
+            x = self._scanned(x, positions, segment_ids, adapters, keep)
         else:
-            x, cache = self._unrolled(x, positions, segment_ids, adapters, cache, prepared)
+            x, cache = self._unrolled(x, positions, segment_ids, adapters, cache, prepared, keep)
         x = normalize(c, x, outer["final_norm"], outer.get("final_norm_bias"))
         out = x if return_hidden else self._logits(x, prepared)
         return out if cache is None else (out, cache)
@@ -317,8 +327,19 @@ class Transformer(nn.Module):
     def _outer(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in base_leaves(self.config) if name != "layers"}
 
-    def _scanned(self, x: Array, positions: Array, segment_ids: Array | None, adapters: dict[str, Any] | None) -> Array:
-        """All layers over whole rows, as one scan."""
+    def _scanned(
+        self,
+        x: Array,
+        positions: Array,
+        segment_ids: Array | None,
+        adapters: dict[str, Any] | None,
+        keep: Array | None,
+    ) -> Array:
+        """All layers over whole rows, as one scan.
+
+        On a CPU the last layer comes after the scan, to be computed at `keep` alone. That copies the weights of all
+        others, for which an accelerator has no memory to spare.
+        """
         c = self.config
         windows = sorted({c.window(i) for i in range(c.layers)})
         kinds = [_whole_attention(c, positions, segment_ids, window) for window in windows]
@@ -329,9 +350,17 @@ class Transformer(nn.Module):
             attention = kinds[0] if len(kinds) == 1 else lambda q, k, v: jax.lax.switch(kind, kinds, q, k, v)
             return block(c, params, here, x, attention), None
 
-        body = layer if c.remat == "none" else jax.checkpoint(layer, policy=REMAT[c.remat])
-        x, _ = jax.lax.scan(body, x, (self.layers(), _layers_first(adapters), kind_of))
-        return x
+        def remat(f: Any) -> Any:
+            return f if c.remat == "none" else jax.checkpoint(f, policy=REMAT[c.remat])
+
+        leaves = (self.layers(), _layers_first(adapters), kind_of)
+        if keep is None or current_platform() != "cpu":
+            x, _ = jax.lax.scan(remat(layer), x, leaves)
+            return at_positions(x, keep)
+        first, last = _last_apart(leaves)
+        x, _ = jax.lax.scan(remat(layer), x, first)
+        ending = partial(block, c, attention=kinds[windows.index(c.window(c.layers - 1))], keep=keep)
+        return remat(lambda x, leaves: ending(leaves[0], leaves[1], x))(x, last)
 
     def _unrolled(
         self,
@@ -341,6 +370,7 @@ class Transformer(nn.Module):
         adapters: dict[str, Any] | None,
         cache: Cache | None,
         prepared: dict[str, Any] | None,
+        keep: Array | None,
     ) -> tuple[Array, Cache | None]:
         """The layers one after another, with a cache or on prepared weights."""
         c, length = self.config, x.shape[1]
@@ -356,7 +386,7 @@ class Transformer(nn.Module):
                 attention = _prefill_attention(c, positions, cache, i, written)
             else:
                 attention = _step_attention(c, views[c.window(i)], cache, i, written)
-            x = block(c, params, here, x, attention)
+            x = block(c, params, here, x, attention, keep if i == c.layers - 1 else None)
         if cache is not None:
             keys, values = zip(*written, strict=True)
             cache = cache.replace(keys=keys, values=values, index=cache.index + length)
@@ -389,6 +419,13 @@ def _layers_first(adapters: dict[str, Any] | None) -> dict[str, Any] | None:
     if adapters is None:
         return None
     return jax.tree.map(lambda leaf: leaf if leaf.ndim == 3 else jnp.moveaxis(leaf, 1, 0), adapters)
+
+
+def _last_apart(stacked: Any) -> tuple[Any, Any]:
+    """A tree of leaves stacked over layers -> (all layers but the last, still stacked; the last)."""
+    leaves, tree = jax.tree.flatten(stacked)
+    parts = [jax.lax.split(leaf, (leaf.shape[0] - 1, 1)) for leaf in leaves]  # its gradient is one concatenation
+    return tree.unflatten([first for first, _ in parts]), tree.unflatten([last[0] for _, last in parts])
 
 
 def output_kernel(config: TransformerConfig, params: dict[str, Any]) -> Array:

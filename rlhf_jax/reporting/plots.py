@@ -116,6 +116,28 @@ def reward_against_kl(
         return _svg(figure)
 
 
+def best_of_n(curve: Sequence[Mapping[str, float]]) -> str:
+    """Score of the best of n answers against n, on a logarithmic axis, with the bound of its KL above.
+
+    Args:
+        curve: rows of {"n", "kl_bound", "score"}, by ascending n; "score_low" and "score_high" where there are any.
+    """
+    numbers, scores = [row["n"] for row in curve], [row["score"] for row in curve]
+    with rc_context(_STYLE):
+        figure, axes = _axes("n, answers to choose from", "score of the best of n")
+        axes.set_xscale("log", base=2)
+        if all("score_low" in row for row in curve):
+            low, high = ([row[f"score_{side}"] for row in curve] for side in ("low", "high"))
+            axes.fill_between(numbers, low, high, color=SKY, alpha=0.3, linewidth=0)
+        axes.plot(numbers, scores, color=BLUE, marker="o", markersize=4)
+        above = axes.secondary_xaxis("top")
+        for axis, labels in ((axes, [f"{n:g}" for n in numbers]), (above, [f"{row['kl_bound']:.2f}" for row in curve])):
+            axis.set_xticks(numbers, labels)
+            axis.minorticks_off()
+        above.set_xlabel("largest KL from the policy (nats)", color="#3c4656")
+        return _svg(figure)
+
+
 def interval_bars(
     categories: Sequence[str],
     series: Mapping[str, Sequence[Estimate]],

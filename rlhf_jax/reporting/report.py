@@ -59,10 +59,34 @@ CURVES = {
     "reward": (
         Curve(
             _LOSS,
-            "loss (nats per pair)",
-            "Bradley-Terry loss of the chosen and rejected completion; chance is ln 2 = 0.693.",
+            "loss (nats)",
+            "Bradley-Terry loss of a chosen and a rejected completion, or logistic loss of a labelled text; chance is "
+            "ln 2 = 0.693.",
         ),
-        Curve(_ACCURACY, "share of pairs", "Accuracy: pairs in which the chosen completion scores higher."),
+        Curve(
+            _ACCURACY,
+            "share right",
+            "Accuracy: pairs in which the chosen completion scores higher, or texts scored on their label's side.",
+        ),
+        *_OPTIMIZER,
+    ),
+    "preference": (
+        Curve(_LOSS, "loss (per record)", "The preference loss; a DPO policy at its reference has ln 2 = 0.693."),
+        Curve(
+            {"rewards/margins": "training", "eval/rewards/margins": "held-out"},
+            "reward margin",
+            "Implicit reward of chosen (desirable) answers minus that of rejected (undesirable) ones.",
+        ),
+        Curve(
+            {"rewards/accuracies": "training", "accuracy/eval": "held-out"},
+            "share of records",
+            "Accuracy: pairs whose chosen answer has the larger implicit reward; of KTO answers on their label's side.",
+        ),
+        Curve(
+            {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+            "log-probability (nats per answer)",
+            "Log-probability of the answers under the policy; that both fall is common.",
+        ),
         *_OPTIMIZER,
     ),
     "ppo": (
@@ -81,6 +105,9 @@ CURVES = {
             "score minus KL penalty",
             "The objective that PPO maximizes, per sequence.",
         ),
+        Curve(
+            {"objective/kl_coef": "coefficient"}, "KL coefficient", "What a nat of KL costs; a controller may move it."
+        ),
         Curve({"objective/entropy": "entropy"}, "entropy (nats)", "Entropy of the policy."),
         Curve({"loss/policy": "policy", "loss/value": "value"}, "loss", "Losses of the policy and of the value head."),
         Curve({"policy/approxkl": "KL"}, "approximate KL (nats)", "KL of each update from the policy that sampled."),
@@ -92,6 +119,16 @@ CURVES = {
         Curve({"val/num_eos_tokens": "ended"}, "completions", "Completions a batch that ended by themselves."),
     ),
 }
+
+
+TOGETHER = (  # of several ppo stages, a line each
+    Curve({"objective/scores": "score"}, "reward model score", "Score of sampled completions, before the KL penalty."),
+    Curve(
+        {"objective/kl": "KL"},
+        "KL (nats per sequence)",
+        "KL divergence from the frozen reference, summed over the completion; dashed: what the controller aims at.",
+    ),
+)
 
 
 def write_report(workdir: Path) -> Path:
@@ -117,7 +154,8 @@ def write_report(workdir: Path) -> Path:
     results = _read_results(workdir, summary)
     metrics = {name: _read_metrics(workdir / name / "metrics.jsonl") for name in results}
     seconds = {name: result.get("seconds") or 0.0 for name, result in results.items()}
-    sections = [_section(name, result, metrics[name]) for name, result in results.items()]
+    targets = _kl_targets(config or {})
+    sections = [_section(name, result, metrics[name], targets.get(name)) for name, result in results.items()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -131,6 +169,7 @@ def write_report(workdir: Path) -> Path:
         headlines=_headlines(results, metrics, seconds),
         stages=time_table(results, seconds),
         time_plot=_plot(plots.time_bars(seconds), "Wall time of each stage.") if any(seconds.values()) else None,
+        together=_together(results, metrics, targets),
         sections=sections,
         visible_samples=VISIBLE_SAMPLES,
         number=number,
@@ -171,19 +210,49 @@ def _read_metrics(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------- sections
 
 
-def _section(name: str, result: Mapping, metrics: list[dict]) -> Section:
+def _kl_targets(config: Mapping) -> dict[str, float]:
+    """Stage -> the KL that its adaptive controller aims at."""
+    stages = config.get("stages", {}).items()
+    return {name: stage["kl_target"] for name, stage in stages if stage.get("kl_controller") == "adaptive"}
+
+
+def _together(results: Mapping, metrics: Mapping[str, list[dict]], targets: Mapping[str, float]) -> list[Plot]:
+    """Score and KL of all ppo stages in one plot each, where there are several."""
+    names = [name for name, result in results.items() if result.get("kind") == "ppo"]
+    if len(names) < 2:
+        return []
+    found = []
+    for curve in TOGETHER:
+        (metric,) = curve.series
+        series = {name: _points(metrics[name], "iteration", metric) for name in names}
+        series = {name: points for name, points in series.items() if points[0]}
+        aims = dict.fromkeys(targets[name] for name in series if name in targets) if metric == "objective/kl" else {}
+        marks = {f"KL target {number(target)}": target for target in aims}
+        if series:
+            found.append(_plot(plots.curves(series, "iteration", curve.y_label, limits=marks), curve.caption))
+    return found
+
+
+def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float | None) -> Section:
     kind = result.get("kind", "")
     figures = result.get("figures") or {}
     section = Section(name, kind, duration(result.get("seconds") or 0.0), samples=result.get("samples") or [])
     if kind == "ppo":
         section.plots += _reward_kl_plots(metrics, figures)
-    limits = {"objective/kl": {"KL limit": figures["kl_limit"]}} if _is_number(figures.get("kl_limit")) else {}
+    marks = {"KL limit": figures.get("kl_limit"), "KL target": kl_target}
+    limits = {"objective/kl": {label: height for label, height in marks.items() if _is_number(height)}}
     for curve in CURVES.get(kind, ()):
         section.plots += _curve_plots(curve, metrics, limits)
     if kind == "memorization" and figures.get("table"):
         section.plots += _memorization_plots(figures)
         section.tables.append(memorization_rates(figures["table"]))
         figures = {name: value for name, value in figures.items() if name != "table"}
+    if kind == "best_of_n" and figures.get("curve"):
+        caption = (
+            "Expected score of the best of n answers with its 95 % interval over prompts, estimated without bias from "
+            "all samples; above, the most that choosing can move the policy, KL = log n - (n - 1) / n."
+        )
+        section.plots.append(_plot(plots.best_of_n(figures["curve"]), caption))
     section.tables += figure_tables(figures)
     return section
 
@@ -263,11 +332,16 @@ def _headlines(
             found.append((f"{name}: held-out loss (nats per token)", f"{loss:.3f}"))
         if kind == "reward" and (accuracy := _last(metrics[name], "accuracy/eval")) is not None:
             found.append((f"{name}: held-out accuracy", f"{100 * accuracy:.1f} %"))
+        if kind == "preference" and (accuracy := _last(metrics[name], "accuracy/eval")) is not None:
+            found.append((f"{name}: held-out preference accuracy", f"{100 * accuracy:.1f} %"))
         if kind == "ppo" and _is_number(figures.get("sft_score")) and _is_number(figures.get("ppo_score")):
             found.append((f"{name}: score, SFT to PPO", f"{figures['sft_score']:.2f} → {figures['ppo_score']:.2f}"))
         if kind == "ppo" and (kl := _last(metrics[name], "eval/kl", "objective/kl")) is not None:
             limit = f" of {number(figures['kl_limit'])}" if _is_number(figures.get("kl_limit")) else ""
             found.append((f"{name}: KL (nats)", f"{kl:.2f}{limit}"))
+        if kind == "best_of_n" and _is_number(figures.get("score")) and _is_number(figures.get("best_score")):
+            scores = f"{figures['score']:.2f} → {figures['best_score']:.2f}"
+            found.append((f"{name}: score, one answer to best of {figures['samples']}", scores))
         if kind == "memorization":
             found += _memorization_headlines(figures)
     return found

@@ -171,9 +171,8 @@ def generate(
     # --- prefill: slots 0 ... P - 1 hold the prompts -------------------------------------------------------------
     valid = jnp.arange(width) < lengths[:, None]
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    hidden, cache = run(prompts, cache=empty_cache(config, valid, positions))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = logits_of(last)
+    hidden, cache = run(prompts, cache=empty_cache(config, valid, positions), keep=(lengths - 1)[:, None])
+    logits = logits_of(hidden[:, 0])
 
     # --- each prompt's rows; the answers' slots start at P for every row ------------------------------------------
     if samples > 1:

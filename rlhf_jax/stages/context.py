@@ -79,6 +79,13 @@ class Context:
         stream = self.stream(data, schema, limit)
         return list(stream), stream.skipped
 
+    def spread_records(self, data: str, schema: str, limit: int | None) -> tuple[list[dict[str, Any]], int]:
+        """At most `limit` records, spread evenly over the data (which may be sorted, by label or by source), and how
+        many malformed ones it holds. Reads all of it."""
+        found, skipped = self.records(data, schema)
+        count = len(found) if limit is None else min(limit, len(found))
+        return [found[i * len(found) // count] for i in range(count)], skipped
+
     def data_names(self, field: str) -> list[str]:
         """The names in a data string: `field` is "data" or "evaluation.data"."""
         return [value for name, value in references(self.config) if name == field]

@@ -18,6 +18,9 @@ from rlhf_jax.training.experience import PPOConfig
 from rlhf_jax.training.ppo import score_logprobs, score_shared, score_together, score_values
 
 
+_no_values = jax.jit(jnp.zeros_like)  # jitted: eagerly it would move a scalar to the device in every iteration
+
+
 @dataclasses.dataclass
 class Roles:
     """Policy and critic train; the reference and what the judge reads are frozen.
@@ -71,7 +74,7 @@ class Roles:
             return RoleScores(logprobs, ref_logprobs, entropy, values)
         logprobs, entropy = score_logprobs(spec, policy, rollout, parts)
         if self.value is None:
-            return RoleScores(logprobs, ref_logprobs, entropy, jnp.zeros_like(logprobs))
+            return RoleScores(logprobs, ref_logprobs, entropy, _no_values(logprobs))
         return RoleScores(
             logprobs, ref_logprobs, entropy, score_values(self.value.spec, acting["value"], rollout, parts)
         )

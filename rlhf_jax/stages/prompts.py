@@ -53,7 +53,8 @@ class Prompts:
     def __init__(self, context: Context, tokenizer: Tokenizer, room: int, data: str, limit: int | None = None):
         """`room`: the decoder's context in tokens."""
         config = context.config
-        records, self.skipped = context.records(data, config.schema, limit)
+        read = context.spread_records if config.schema == "text" else context.records  # collections are often sorted
+        records, self.skipped = read(data, config.schema, limit)
         self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
         if config.schema == "text":
             places, self.records, ids = text_prefixes(tokenizer, records, self.ids, *config.prefix_tokens)

@@ -1,11 +1,11 @@
 """The reward model: Bradley-Terry on preference pairs, or on each record's own continuation against a policy's sample.
 
-Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1.
+Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1. With the
+schema "label" it is a classifier of texts instead (`stages.reward_labels`); its score stays the log-odds of the label.
 """
 
 import dataclasses
 import math
-import os
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data.examples import answer_ids, completion_example, prompt_ids, show_example
+from rlhf_jax.data.examples import answer_ids, completion_example, show_example
 from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.schemas import Text
+from rlhf_jax.data.pairs import answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
-from rlhf_jax.distributed.sharding import fetch, place_batch
+from rlhf_jax.distributed.sharding import place_batch
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.models.heads import init_head
@@ -29,13 +29,16 @@ from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
 from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.reward_calibration import Asked, calibrate
+from rlhf_jax.stages.reward_labels import label_objective, labelled_texts, place_windows, show_window
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import Role, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, plain_gradient
-from rlhf_jax.training.randomness import order_seed, record_ids
+from rlhf_jax.training.randomness import order_seed
 from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
 
 Pairs = dict[str, np.ndarray]
+Rows = dict[str, np.ndarray]  # pairs, or labelled texts
 
 
 def reward_objective(spec: RoleSpec) -> Objective:
@@ -61,45 +64,16 @@ def reward_objective(spec: RoleSpec) -> Objective:
     return objective
 
 
-class Asked:
-    """The prompts of some records: as the policy reads them, and as the reward model does (with its answer mark)."""
-
-    def __init__(self, spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]]):
-        mark = [] if spec.answer_mark is None else [spec.answer_mark]
-        self.prompts = [prompt_ids(tokenizer, r["prompt"]) for r in records]
-        self.marked = [[*prompt, *mark] for prompt in self.prompts]
-        self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
-
-
-def _both_answers(schema: str, record: dict[str, Any]) -> tuple[Text, Text]:
-    """The better and the worse answer of a record that holds both."""
-    if schema == "safety":
-        return record["responses"][record["better"]], record["responses"][1 - record["better"]]
-    return record["chosen"], record["rejected"]
-
-
 def _given_pairs(
     context: Context, spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]], data: str
 ) -> tuple[list[tuple[list[int], list[int], list[int]]], int]:
     """(marked prompt, chosen, rejected) of records that hold both answers, and how many were dropped: answers that are
     the same tokens, or (with on_error "skip") a row that is too long."""
-    config = context.config
+    config, marked = context.config, Asked(spec, tokenizer, records).marked
     longest = min(config.sequence_length, spec.config.context)
-    rows, dropped = [], 0
-    for number, (record, marked) in enumerate(zip(records, Asked(spec, tokenizer, records).marked, strict=True), 1):
-        answers = _both_answers(config.schema, record)
-        chosen, rejected = (answer_ids(tokenizer, record["prompt"], answer) for answer in answers)
-        length = len(marked) + max(len(chosen), len(rejected))
-        if length > longest and config.on_error == "raise":
-            raise UserError(
-                f"{data}: record {number} has {length} tokens, above {longest}: shorten it, raise sequence_length, "
-                'or set on_error="skip"'
-            )
-        if length > longest or chosen == rejected:
-            dropped += 1
-        else:
-            rows.append((marked, chosen, rejected))
-    return rows, dropped
+    kept, answers = tokenize_answers(tokenizer, records, marked, config.schema, longest, config.on_error, data)
+    rows = [(marked[i], chosen, rejected) for i, (chosen, rejected) in zip(kept, answers, strict=True)]
+    return rows, len(records) - len(rows)
 
 
 def _sampled_pairs(
@@ -146,30 +120,17 @@ def _make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part:
             rows, dropped = _given_pairs(context, spec, policy.tokenizer, records, data)
         if not rows:
             raise UserError(f"{data}: no pair is left to train on ({dropped} dropped): look at sequence_length")
-        width = max(len(p) + max(len(c), len(r)) for p, c, r in rows)
-        pairs: Pairs = {
-            "tokens": np.zeros((len(rows), 2, width), np.int32),
-            "lengths": np.asarray([[len(p) + len(c), len(p) + len(r)] for p, c, r in rows], np.int32),
-            "answer_lengths": np.asarray([[len(c), len(r)] for _, c, r in rows], np.int32),
-            "ended": np.asarray([[a[-1] in stops for a in (c, r)] for _, c, r in rows]),
-            "dropped": np.asarray(dropped),
-            "skipped": np.asarray(skipped),
-        }
-        for i, (prompt, *answers) in enumerate(rows):
-            for j, answer in enumerate(answers):
-                pairs["tokens"][i, j, : pairs["lengths"][i, j]] = prompt + answer
+        pairs = pad_answers([p for p, _, _ in rows], [[c, r] for _, c, r in rows])
+        pairs["ended"] = np.asarray([[a[-1] in stops for a in (c, r)] for _, c, r in rows])
         if is_main_process():
-            file.parent.mkdir(exist_ok=True)
-            with open(f"{file}.tmp", "wb") as out:
-                np.savez(out, **pairs)  # type: ignore[arg-type]
-            os.replace(f"{file}.tmp", file)
+            save_arrays(file, {**pairs, "dropped": np.asarray(dropped), "skipped": np.asarray(skipped)})
         barrier(f"pairs {part}")
     with np.load(file) as saved:
         return dict(saved)
 
 
-def _place(pairs: Pairs, rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of pairs; a row number of -1 is a padding pair of weight 0."""
+def _place(pairs: Pairs, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of pairs, the same in every epoch; a row number of -1 is a padding pair of weight 0."""
 
     def load(mine: np.ndarray) -> dict[str, np.ndarray]:
         wanted = rows[mine]
@@ -212,16 +173,16 @@ def check(context: Context) -> None:
 def preview(context: Context, tokenizer: Tokenizer) -> list[str]:
     """The first records' answers as the reward model reads them: it scores the end of what is not masked."""
     config, out = context.config, []
-    for record in context.stream(config.data, config.schema, 3):
+    for number, record in enumerate(context.stream(config.data, config.schema, 3)):
+        if config.schema == "label":
+            label = "positive" if record["label"] else "negative"
+            out.append(f"{label}: {show_window(context, tokenizer, record, number)}")
+            continue
         if config.schema == "completion":
             answers = {"chosen (the rejected one is sampled)": record["completion"]}
-        elif config.schema == "safety":
-            answers = {
-                "better": record["responses"][record["better"]],
-                "worse": record["responses"][1 - record["better"]],
-            }
         else:
-            answers = {"chosen": record["chosen"], "rejected": record["rejected"]}
+            names = ("better", "worse") if config.schema == "safety" else ("chosen", "rejected")
+            answers = dict(zip(names, answers_of(config.schema, record), strict=True))
         shown = {n: completion_example(tokenizer, record["prompt"], a, "completion") for n, a in answers.items()}
         out.append("\n".join(f"{name}: {show_example(tokenizer, example)}" for name, example in shown.items()))
     return out
@@ -231,40 +192,49 @@ def run(context: Context) -> dict[str, Any]:
     """Trains and calibrates the reward model; returns the stage's figures."""
     config, mesh = context.config, context.mesh()
     with jax.set_mesh(mesh):
-        # --- roles and pairs -------------------------------------------------------------------------------------
+        # --- roles and rows --------------------------------------------------------------------------------------
+        labelled = config.schema == "label"
         start = context.load(config.init, mesh)
-        policy = context.load(config.policy, mesh) if config.policy else start
+        policy = context.load(config.policy, mesh) if config.policy and not labelled else start
         role = continue_role(start, context.lora(), config.compute, key=context.key("adapters"))
-        if config.answer_mark and role.tokenizer.fim_middle_id is not None:
+        if labelled:  # a text has no answer in it
+            role.spec = dataclasses.replace(role.spec, answer_mark=None)
+        elif config.answer_mark and role.tokenizer.fim_middle_id is not None:
             role.spec = dataclasses.replace(role.spec, answer_mark=role.tokenizer.fim_middle_id)
         width = role.spec.config.width
         fresh = init_head(width, (width + 1) ** -0.5, key=context.key("head"))
         role.weights["head"] = start.weights.get("head", fresh)  # an imported reward model goes on with its own
-        training = _make_pairs(context, role.spec, policy, config.data, "train", mesh)
-        held_out = None
-        if config.evaluation.data:
-            held_out = _make_pairs(context, role.spec, policy, config.evaluation.data, "evaluation", mesh)
-        pairs = len(training["lengths"])
-        order = DataOrder(pairs, order_seed(context.seed, context.name))
-        steps = max(1, math.ceil(config.epochs * pairs / config.batch_size))
-        context.progress(
-            f"{pairs} pairs ({int(training['dropped'])} dropped: equal answers, or too long), {steps} steps"
-        )
+
+        def make(data: str, part: str) -> Rows:
+            if labelled:
+                limit = None if part == "train" else config.evaluation.records
+                return labelled_texts(context, role.spec, role.tokenizer, data, limit)
+            return _make_pairs(context, role.spec, policy, data, part, mesh)
+
+        training = make(config.data, "train")
+        held_out = make(config.evaluation.data, "evaluation") if config.evaluation.data else None
+        place = partial(place_windows, context) if labelled else _place
+        count, noun = len(training["lengths"]), "texts" if labelled else "pairs"
+        order = DataOrder(count, order_seed(context.seed, context.name))
+        steps = max(1, math.ceil(config.epochs * count / config.batch_size))
+        why = "" if labelled else f" ({int(training['dropped'])} dropped: equal answers, or too long)"
+        context.progress(f"{count} {noun}{why}, {steps} steps")
 
         # --- step ------------------------------------------------------------------------------------------------
         trainable, frozen = split(role.spec, role.weights)
         axes = weight_axes(role.spec, trainable)
         optimizer = make_optimizer(config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
-        objective = reward_objective(role.spec)
+        objective = label_objective(role.spec) if labelled else reward_objective(role.spec)
         gradient = plain_gradient(objective, config.accumulation)
         step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
         state = init_state(trainable, axes, optimizer, mesh)
-        tokens = 2 * config.batch_size * training["tokens"].shape[-1]
+        tokens = config.batch_size * math.prod(training["tokens"].shape[1:])
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
-            return step(state, frozen, _place(training, order.batch(iteration, config.batch_size), mesh))
+            rows, epochs = (f(iteration, config.batch_size) for f in (order.batch, order.epochs))
+            return step(state, frozen, place(training, rows, epochs, mesh))
 
-        evaluate = _evaluation(objective, frozen, held_out, config.batch_size, mesh) if held_out else None
+        evaluate = _evaluation(objective, frozen, held_out, place, config.batch_size, mesh) if held_out else None
 
         # --- loop ------------------------------------------------------------------------------------------------
         params, summary = train(
@@ -282,38 +252,37 @@ def run(context: Context) -> dict[str, Any]:
         role.weights = {**frozen, **params}
 
         # --- calibration -----------------------------------------------------------------------------------------
-        calibration = _calibrate(context, role, policy, mesh)
+        figures: dict[str, Any] = {noun: count, "skipped": int(training["skipped"]), "steps": steps}
+        if labelled:
+            figures["score"] = "log-odds of the label, not calibrated"
+        else:
+            figures["dropped"] = int(training["dropped"])
+            figures["calibration"] = calibrate(context, role, policy, mesh)
         prints = save_role(context.workdir, context.name, role)
-    figures: dict[str, Any] = {
-        "pairs": pairs,
-        "dropped": int(training["dropped"]),
-        "skipped": int(training["skipped"]),
-        "steps": steps,
-        "calibration": calibration,
-    }
     if held_out is not None:
         count = len(held_out["lengths"])
         low, high = wilson(round(summary["result"]["accuracy/eval"] * count), count)
         figures |= {
-            "pairs_eval": count,
+            f"{noun}_eval": count,
             "loss/eval": summary["result"]["loss/eval"],
             "loss/eval_start": summary["first"]["loss/eval"],
             "accuracy": summary["result"]["accuracy/eval"],
             "accuracy_low": low,
             "accuracy_high": high,
             "accuracy_start": summary["first"]["accuracy/eval"],
-            "accuracy_length_and_end_baseline": baseline_accuracy(training, held_out),
             "result_step": summary["result_step"],
         }
+    if held_out is not None and not labelled:
+        figures["accuracy_length_and_end_baseline"] = baseline_accuracy(training, held_out)
     figures |= {"fingerprints": prints, "memory": role_memory({context.name: role.weights})}
     return {"figures": figures, "samples": []}
 
 
-def _evaluation(objective: Objective, frozen: Any, pairs: Pairs, size: int, mesh: Mesh):
-    """The function (params, iteration) -> {"loss/eval", "accuracy/eval"} over the held-out pairs."""
-    count = len(pairs["lengths"])
+def _evaluation(objective: Objective, frozen: Any, held_out: Rows, place: Any, size: int, mesh: Mesh):
+    """The function (params, iteration) -> {"loss/eval", "accuracy/eval"} over the held-out rows."""
+    count = len(held_out["lengths"])
     rows = np.concatenate([np.arange(count), np.full(-count % size, -1)]).reshape(-1, size)
-    batches = [_place(pairs, part, mesh) for part in rows]
+    batches = [place(held_out, part, np.zeros(size, int), mesh) for part in rows]
 
     @jax.jit
     def totals(params: Any, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -325,64 +294,3 @@ def _evaluation(objective: Objective, frozen: Any, pairs: Pairs, size: int, mesh
         return {f"{name}/eval": float(means[f"{name}/train"]) for name in ("loss", "accuracy")}
 
     return evaluate
-
-
-def _calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[str, float]:
-    """Folds gain and bias into the head so that the policy's samples score mean 0, standard deviation 1.
-
-    The samples answer prompts of the evaluation set where there is one: on training prompts the model has learned to
-    score the policy's answers low.
-    """
-    config, tokenizer = context.config, role.tokenizer
-    data = config.evaluation.data or config.data
-    records, _ = context.records(data, config.schema, config.calibration_prompts)
-    asked = Asked(role.spec, tokenizer, records)
-    room = role.spec.config.context - config.max_new_tokens
-    fits = [i for i, marked in enumerate(asked.marked) if len(marked) <= room]
-    if not fits:
-        raise UserError(f"{data}: no prompt leaves room for {config.max_new_tokens} new tokens: lower max_new_tokens")
-    tokens, lengths, _ = answer_all(
-        policy.spec,
-        policy.weights,
-        [asked.prompts[i] for i in fits],
-        asked.ids[fits],
-        key=context.key("calibration"),
-        sampling=Sampling(config.max_new_tokens, config.temperature, stop_ids=tokenizer.stop_ids),
-        batch_size=config.rollout_batch_size,
-        mesh=mesh,
-        buckets=config.prompt_buckets,
-        name=f"{context.name}: calibration samples",
-    )
-    marked = [asked.marked[i] for i in fits]
-    count, size = len(marked), config.batch_size
-    joined = np.zeros((count, max(len(p) for p in marked) + tokens.shape[1]), np.int32)
-    totals = np.asarray([len(p) for p in marked], np.int32) + lengths
-    for i, prompt in enumerate(marked):
-        joined[i, : totals[i]] = prompt + tokens[i, : lengths[i]].tolist()
-    rows = np.concatenate([np.arange(count), np.zeros(-count % size, int)]).reshape(-1, size)
-    score = jax.jit(lambda weights, batch: last_scores(role.spec, weights, batch["tokens"], batch["lengths"]))
-
-    def load(part: np.ndarray, mine: np.ndarray) -> Pairs:
-        return {"tokens": joined[part[mine]], "lengths": totals[part[mine]]}
-
-    def all_scores() -> np.ndarray:
-        out = []
-        for part in rows:
-            out.append(fetch(score(role.weights, place_batch(size, partial(load, part), mesh))))
-        return np.concatenate(out)[:count]
-
-    before = all_scores()
-    mean, deviation = float(before.mean()), float(before.std())
-    head = role.weights["head"]
-    role.weights = {
-        **role.weights,
-        "head": {"kernel": head["kernel"] / deviation, "bias": (head["bias"] - mean) / deviation},
-    }
-    after = all_scores()
-    return {
-        "samples": count,
-        "mean_before": mean,
-        "std_before": deviation,
-        "mean": float(after.mean()),
-        "std": float(after.std()),
-    }

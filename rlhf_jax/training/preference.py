@@ -1,9 +1,9 @@
 """Learning from preferences directly: one objective for every loss, with a reference or without one.
 
-A batch holds B records of two rows each, prompt and chosen answer, prompt and rejected answer: {"tokens": (B, 2, T) and
-"answers": (B, 2, N) int32, "lengths": (B, 2) int32 of the answers, "prompt_lengths": (B,) int32, "weight": (B,) float32,
-0 for padding}. KTO's records have one answer each, with "desirable" (B,) bool; their second row is the prompt with another
-record's answer. Reference log-probabilities known before stand in "reference" (B, 2) float32.
+A batch holds B records of two rows each, the prompt with the chosen and with the rejected answer: {"tokens": (B, 2, T)
+and "answers": (B, 2, N) int32, "lengths": (B, 2) int32 of the answers, "prompt_lengths": (B,) int32, "weight": (B,)
+float32, 0 for padding}. KTO's records have one answer each, with "desirable" (B,) bool; their second row is the prompt
+with another record's answer. Reference log-probabilities known before stand in "reference" (B, 2) float32.
 """
 
 import dataclasses

@@ -49,10 +49,17 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         ("preference", b'{"prompt": "a", "chosen": "", "rejected": "c"}', 'field "chosen" is empty'),
         ("prompt", b'{"text": "a"}', 'field "prompt" is missing'),
         ("text", b'{"text": ""}', 'field "text" is empty'),
+        ("label", b'{"text": "a"}', 'field "label" is missing: expected {text, label}'),
+        ("label", b'{"label": 1}', 'field "text" is missing'),
+        ("label", b'{"text": "a", "label": 2}', 'field "label" is 2: use one of true, false, 1, 0'),
+        ("label", b'{"text": "a", "label": 0.5}', 'field "label" is 0.5'),
+        ("unpaired", b'{"prompt": "a", "completion": "b"}', 'field "label" is missing: expected {prompt, compl'),
+        ("unpaired", b'{"prompt": "a", "label": true}', 'field "completion" is missing'),
+        ("unpaired", b'{"prompt": "a", "completion": "b", "label": "good"}', "field \"label\" is 'good': use one of"),
     ],
 )
 def test_malformed_line_is_named_or_counted(tmp_path, schema, line, message):
-    good = b'{"text": "t", "prompt": "p", "completion": "c", "chosen": "x", "rejected": "y"}\n'
+    good = b'{"text": "t", "prompt": "p", "completion": "c", "chosen": "x", "rejected": "y", "label": 1}\n'
     path = tmp_path / "bad.jsonl"
     path.write_bytes(good + b"\n" + line + b"\n" + good)
     with pytest.raises(UserError, match=f"bad.jsonl:3: .*{message}"):
@@ -263,6 +270,14 @@ PKU = {
     "is_response_1_safe": False,
 }
 SAFETY = {"prompt": "q", "responses": ["a", "b"], "better": 1, "safer": 0, "safe": [True, False]}
+
+
+def test_labels_of_unpaired_records_become_true_and_false(tmp_path):
+    talk = {"prompt": [USER], "completion": [ASSISTANT]}
+    assert normal("unpaired", **talk, label=False, id=1) == {**talk, "label": False, "id": 1}
+    (tmp_path / "r.csv").write_text("prompt,completion,label\na,b,True\na,c,0\n")
+    records, _ = read_records(tmp_path / "r.csv", "unpaired")
+    assert [(record["completion"], record["label"]) for record in records] == [("b", True), ("c", False)]
 
 
 def test_safety_records_have_one_form(tmp_path):

@@ -151,6 +151,36 @@ def test_packed_records_read_as_if_alone():
         at += len(record)
 
 
+@pytest.mark.parametrize("change", [{}, {"parallel": True, "windows": (0, 3)}, {"layers": 1, "remat": "full"}])
+def test_states_at_some_positions_and_their_gradients_are_those_of_all(change):
+    config = dataclasses.replace(SMALL, **change)
+    params, tokens = weights(config), random_tokens(2)
+    keep = np.asarray([[3, 0, LENGTH - 1, 3], [1, 2, 2, 5]], np.int32)
+
+    def kept(params, inside):
+        adapters = adapters_of(config)
+        run = partial(Transformer(config).apply, {"params": params}, tokens, adapters=adapters, return_hidden=True)
+        hidden = run(keep=keep) if inside else jnp.take_along_axis(run(), keep[:, :, None], axis=1)
+        return jnp.sum(jnp.sin(hidden)), hidden
+
+    differentiate = jax.jit(jax.grad(kept, has_aux=True), static_argnums=1)
+    (gradient, hidden), (expected_gradient, expected) = (differentiate(params, inside) for inside in (True, False))
+    np.testing.assert_allclose(hidden, expected, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), gradient, expected_gradient)
+
+
+def test_a_cpu_computes_the_end_of_the_last_layer_at_the_kept_positions_alone():
+    config = dataclasses.replace(SMALL, layers=1)
+
+    def flops(keep):
+        run = jax.jit(partial(Transformer(config).apply, return_hidden=True, keep=keep))
+        return run.lower({"params": weights(config)}, random_tokens(2)).compile().cost_analysis()["flops"]
+
+    saved = flops(None) - flops(np.zeros((2, 1), np.int32))
+    products = 2 * (config.heads * config.head_dim * config.width + 3 * config.width * config.ffn)
+    assert saved >= products * 2 * (LENGTH - 1)
+
+
 def test_attention_sees_only_distances():
     """Rotary positions: shifting all positions by one amount changes nothing."""
     params, tokens = weights(SMALL), random_tokens(2)

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from rlhf_jax.objectives import (
     kl_penalized_rewards,
     ppo_policy_loss,
     ppo_value_loss,
+    sequence_logprobs,
     whiten,
 )
 
@@ -129,6 +132,97 @@ def test_policy_loss_by_hand():
     np.testing.assert_array_equal(np.asarray(gradient)[slope == 0], 0.0)
 
 
+def policy_loss_loop(new, old, advantage, clip_ratio, dual_clip):
+    """One token, in float64."""
+    ratio = math.exp(new - old)
+    loss = max(-advantage * ratio, -advantage * min(max(ratio, 1.0 - clip_ratio), 1.0 + clip_ratio))
+    return min(loss, -advantage * dual_clip) if dual_clip and advantage < 0 else loss
+
+
+@pytest.mark.parametrize("dual_clip", [0.0, 1.5, 3.0])
+def test_policy_loss_equals_the_loop_in_value_and_gradient(dual_clip):
+    rng = np.random.default_rng(6)
+    new, old, advantages = rng.normal(size=(3, 20, 10)).astype(np.float32)
+    loss = np.asarray(ppo_policy_loss(new, old, advantages, 0.2, dual_clip))
+    gradient = np.asarray(jax.grad(lambda x: ppo_policy_loss(x, old, advantages, 0.2, dual_clip).sum())(new))
+    h, bound = 1e-6, 0
+    for at in np.ndindex(20, 10):
+        n, o, a = float(new[at]), float(old[at]), float(advantages[at])
+        np.testing.assert_allclose(loss[at], policy_loss_loop(n, o, a, 0.2, dual_clip), rtol=1e-5)
+        left, right = (policy_loss_loop(n + s, o, a, 0.2, dual_clip) for s in (-h, h))
+        np.testing.assert_allclose(gradient[at], (right - left) / (2 * h), rtol=1e-4, atol=1e-6)
+        bound += a < 0 and bool(dual_clip) and math.exp(n - o) > dual_clip
+    assert bound > 5 or not dual_clip  # the bound is met
+
+
+def test_dual_clip_by_hand():
+    # ratio 5, A -2: max(10, 2.4) = 10, at most 6; ratio 2: 4 stands; A 2: -2.4 stands
+    ratio, advantage = rows([5.0, 2.0, 5.0]), rows([-2.0, -2.0, 2.0])
+    new, old = np.log(ratio), np.zeros_like(ratio)
+    np.testing.assert_allclose(ppo_policy_loss(new, old, advantage, 0.2, 3.0), [[6.0, 4.0, -2.4]], rtol=1e-6)
+    gradient = jax.grad(lambda x: ppo_policy_loss(x, old, advantage, 0.2, 3.0).sum())(new)
+    np.testing.assert_allclose(gradient, [[0.0, 4.0, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dual_clip", [0.0, 3.0])
+@pytest.mark.parametrize("log_ratio", [-1e4, -100.0, 100.0, 1e4])
+def test_extreme_ratios_give_finite_losses_and_gradients(log_ratio, dual_clip):
+    new, advantages = rows([log_ratio] * 3), rows([-1.5, 0.0, 1.5])
+
+    def loss(x):
+        return ppo_policy_loss(x, jnp.zeros((1, 3)), advantages, 0.2, dual_clip)
+
+    assert np.isfinite(loss(new)).all()
+    assert np.isfinite(jax.grad(lambda x: loss(x).sum())(new)).all()
+
+
+def gspo_loop(new, old, mask, advantage, clip_ratio):
+    """Each answer's loss, float64: its ratio to the power 1 / length, clipped."""
+    out = []
+    for row in range(len(new)):
+        steps = [t for t in range(len(new[row])) if mask[row][t]]
+        if not steps:
+            out.append(0.0)
+            continue
+        ratio = math.exp(sum(new[row][t] - old[row][t] for t in steps) / len(steps))
+        clipped = min(max(ratio, 1.0 - clip_ratio), 1.0 + clip_ratio)
+        out.append(max(-advantage[row] * ratio, -advantage[row] * clipped))
+    return out
+
+
+def test_sequence_logprobs_give_gspo_s_loss_and_gradient():
+    rng = np.random.default_rng(7)
+    old = -np.abs(rng.normal(size=(12, 6))).astype(np.float32)
+    new = old + rng.normal(0.0, 0.4, (12, 6)).astype(np.float32)
+    mask, advantage = rng.random((12, 6)) < 0.6, rng.normal(size=12).astype(np.float32)
+    mask[0], mask[1], mask[2] = True, False, np.arange(6) == 3  # full, empty, one token
+
+    @jax.jit
+    def ours(new):
+        per_token = ppo_policy_loss(
+            sequence_logprobs(new, mask), sequence_logprobs(old, mask), jnp.asarray(advantage)[:, None], 0.2
+        )
+        lengths = jnp.maximum(mask.sum(1), 1)
+        return (jnp.where(mask, per_token, 0.0)).sum(1) / lengths  # each answer's mean
+
+    lists = old.tolist(), mask.tolist(), advantage.tolist(), 0.2
+    np.testing.assert_allclose(ours(new), gspo_loop(new.tolist(), *lists), rtol=1e-5)
+    gradient = np.asarray(jax.jit(jax.grad(lambda x: ours(x).sum()))(new))
+    for at in np.ndindex(12, 6):
+        sides = []
+        for step in (-1e-6, 1e-6):
+            moved = new.tolist()
+            moved[at[0]][at[1]] += step
+            sides.append(sum(gspo_loop(moved, *lists)))
+        np.testing.assert_allclose(gradient[at], (sides[1] - sides[0]) / 2e-6, rtol=1e-4, atol=1e-6)
+
+
+def test_sequence_logprobs_by_hand():
+    logprobs = rows([-1.0, -2.0, np.nan, -6.0], [-4.0, np.nan, np.nan, np.nan], [np.nan] * 4)
+    result = sequence_logprobs(logprobs, np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]))
+    np.testing.assert_allclose(result, [[-3.0, -3.0, 0.0, -3.0], [-4.0, 0.0, 0.0, 0.0], [0.0] * 4], rtol=1e-6)
+
+
 # value, return, loss and its derivative by the value; the old value is 1, clip_range 0.2
 VALUE = [
     (1.1, 2.0, 0.405, -0.9),  # inside: 1/2 0.9^2
@@ -146,6 +240,35 @@ def test_value_loss_by_hand():
     gradient = jax.grad(lambda v: ppo_value_loss(v, old, target, clip_range=0.2).sum())(value)
     np.testing.assert_allclose(gradient, slope, rtol=1e-5)
     np.testing.assert_array_equal(np.asarray(gradient)[slope == 0], 0.0)
+
+
+def test_value_loss_equals_the_loop_in_value_and_gradient():
+    rng = np.random.default_rng(8)
+    values, old, returns = rng.normal(0.0, 0.5, (3, 20, 10)).astype(np.float32)
+
+    def loop(v, o, r):
+        return 0.5 * max((v - r) ** 2, (min(max(v, o - 0.2), o + 0.2) - r) ** 2)
+
+    loss = np.asarray(ppo_value_loss(values, old, returns, 0.2))
+    gradient = np.asarray(jax.grad(lambda v: ppo_value_loss(v, old, returns, 0.2).sum())(values))
+    for at in np.ndindex(20, 10):
+        v, o, r = float(values[at]), float(old[at]), float(returns[at])
+        np.testing.assert_allclose(loss[at], loop(v, o, r), rtol=1e-5, atol=1e-7)
+        slope = (loop(v + 1e-6, o, r) - loop(v - 1e-6, o, r)) / 2e-6
+        np.testing.assert_allclose(gradient[at], slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten_equals_the_loop(shift_mean):
+    rng = np.random.default_rng(9)
+    x, mask = rng.normal(5.0, 0.3, (6, 11)).astype(np.float32), rng.random((6, 11)) < 0.5
+    kept = [float(x[at]) for at in np.ndindex(6, 11) if mask[at]]
+    mean = sum(kept) / len(kept)
+    deviation = math.sqrt(sum((k - mean) ** 2 for k in kept) / len(kept) + 1e-8)
+    ours = np.asarray(whiten(x, mask, shift_mean))
+    for at in np.ndindex(6, 11):
+        expected = (float(x[at]) - mean) / deviation + (0.0 if shift_mean else mean) if mask[at] else 0.0
+        np.testing.assert_allclose(ours[at], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_score_lands_on_the_last_real_token_and_stays_a_float():

@@ -23,6 +23,13 @@ def test_plots_label_their_axes_and_escape_names():
     assert {"held-out prompts"}.isdisjoint(texts(svg))
 
 
+def test_best_of_n_shows_answers_below_and_kl_above():
+    curve = [{"n": n, "kl_bound": kl, "score": float(n)} for n, kl in ((1, 0.0), (2, 0.1931), (6, 0.9584))]
+    assert {"1", "2", "6", "0.00", "0.19", "0.96"} <= set(texts(plots.best_of_n(curve)))
+    with_intervals = [{**row, "score_low": row["score"] - 1, "score_high": row["score"] + 1} for row in curve]
+    assert plots.best_of_n(with_intervals) != plots.best_of_n(curve)
+
+
 @pytest.mark.parametrize(("longest", "unit"), [(90, "seconds"), (600, "minutes"), (9000, "hours")])
 def test_wall_times_are_in_the_unit_of_the_longest(longest, unit):
     assert f"wall time ({unit})" in texts(plots.time_bars({"sft": 30.0, "ppo": longest}))
