@@ -18,11 +18,10 @@ from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, init_base
 from rlhf_jax.rollout import Rollout, Sampling, generate
-from rlhf_jax.rollout.scoring import RoleScores
-from rlhf_jax.training.experience import PPOConfig, init_controllers, make_experience
+from rlhf_jax.training.experience import PPOConfig, init_controllers
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.language_model import sft_objective
-from rlhf_jax.training.ppo import make_update, score_logprobs, score_values
+from rlhf_jax.training.ppo import make_single_update, score_logprobs
 from rlhf_jax.training.state import TrainState, apply_gradient
 from rlhf_jax.training.throughput import peak_bandwidth, peak_flops
 
@@ -106,12 +105,12 @@ def ppo(repeats: int) -> dict[str, Any]:
     critic and reference apart; embeddings untied as in the peer's script. The score is the answer's length modulo 7.
     """
     spec, rng = RoleSpec(workload_w(tie_embeddings=False)), np.random.default_rng(0)
-    config = PPOConfig(epochs=1, minibatches=1, accumulation=2, value_coef=0.5)
+    config = PPOConfig(epochs=1, minibatches=1, value_coef=0.5)
     reference = {"base": init_base(spec.config, key=jax.random.key(0))}
     head = init_head(spec.config.width, 0.0, key=jax.random.key(1))
     params = jax.tree.map(jnp.copy, {"policy": reference, "value": {**reference, "head": head}})
     optimizer = optax.adamw(1e-5)
-    update = make_update(config, spec, spec, optimizer)
+    update = make_single_update(config, spec, spec, optimizer)
     box = [TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_controllers(config))]
     frozen: dict[str, Any] = {"policy": {}, "value": {}}
     sampling = Sampling(64, stop_ids=NEVER)
@@ -122,25 +121,18 @@ def ppo(repeats: int) -> dict[str, Any]:
         base = box[0].params["policy"]["base"]
         return generate(spec.config, base, prompts, lengths, key=jax.random.key(i), sampling=sampling)
 
-    def score(rollout: Rollout) -> RoleScores:
-        acting = box[0].params
-        logprobs, entropy = score_logprobs(spec, acting["policy"], rollout, config.accumulation)
-        ref_logprobs, _ = score_logprobs(spec, reference, rollout, config.accumulation)
-        values = score_values(spec, acting["value"], rollout, config.accumulation)
-        return RoleScores(logprobs, ref_logprobs, entropy, values)
+    def reference_logprobs(rollout: Rollout) -> Any:
+        return score_logprobs(spec, reference, rollout, 1)[0]
 
     def once(i: int) -> Any:
         rollout = answers(i)
         scores = (rollout.lengths % 7).astype(jnp.float32)
-        state = box[0]
-        experience, metrics, controllers = make_experience(config, rollout, score(rollout), scores, state.controllers)
-        state = state.replace(controllers=controllers)
-        box[0], updates = update(state, frozen, experience, metrics["objective/kl_coef"], jax.random.key(i))
-        return metrics | updates
+        box[0], _, metrics = update(box[0], frozen, rollout, reference_logprobs(rollout), scores, {})
+        return metrics
 
     seconds = _timed(once, repeats)
     rollout = answers(0)
-    parts = {"rollout": _timed(answers, 3), "scoring": _timed(lambda i: score(rollout), 3)}
+    parts = {"rollout": _timed(answers, 3), "reference": _timed(lambda i: reference_logprobs(rollout), 3)}
     return {"seconds_all": seconds, "tokens": 16 * 128, "parts": {k: statistics.median(v) for k, v in parts.items()}}
 
 

@@ -425,7 +425,8 @@ def _last_apart(stacked: Any) -> tuple[Any, Any]:
     """A tree of leaves stacked over layers -> (all layers but the last, still stacked; the last)."""
     leaves, tree = jax.tree.flatten(stacked)
     parts = [jax.lax.split(leaf, (leaf.shape[0] - 1, 1)) for leaf in leaves]  # its gradient is one concatenation
-    return tree.unflatten([first for first, _ in parts]), tree.unflatten([last[0] for _, last in parts])
+    first, last = [part[0] for part in parts], [part[1][0] for part in parts]
+    return jax.tree.unflatten(tree, first), jax.tree.unflatten(tree, last)
 
 
 def output_kernel(config: TransformerConfig, params: dict[str, Any]) -> Array:

@@ -240,9 +240,9 @@ def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float |
     if kind == "ppo":
         section.plots += _reward_kl_plots(metrics, figures)
     marks = {"KL limit": figures.get("kl_limit"), "KL target": kl_target}
-    limits = {"objective/kl": {label: height for label, height in marks.items() if _is_number(height)}}
+    known = {label: height for label, height in marks.items() if height is not None and _is_number(height)}
     for curve in CURVES.get(kind, ()):
-        section.plots += _curve_plots(curve, metrics, limits)
+        section.plots += _curve_plots(curve, metrics, {"objective/kl": known})
     if kind == "memorization" and figures.get("table"):
         section.plots += _memorization_plots(figures)
         section.tables.append(memorization_rates(figures["table"]))

@@ -32,10 +32,9 @@ def join(prompts: Array, prompt_lengths: Array, answers: Array) -> Array:
     return jnp.where(at < prompt_lengths[:, None], padded, later)
 
 
-def _before_answers(hidden: Array, prompt_lengths: Array, count: int) -> Array:
-    """Hidden states before each answer token: (B, T, D) -> (B, N, D); what lies beyond the row repeats its last."""
-    at = jnp.minimum((prompt_lengths - 1)[:, None] + jnp.arange(count), hidden.shape[1] - 1)
-    return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+def _before_answers(tokens: Array, prompt_lengths: Array, count: int) -> Array:
+    """Position before each answer token in rows (B, T): (B, count) int32; beyond the row it is its last."""
+    return jnp.minimum((prompt_lengths - 1)[:, None] + jnp.arange(count), tokens.shape[1] - 1)
 
 
 def answer_logprobs(
@@ -71,9 +70,8 @@ def row_logprobs(
     temperature: float,
 ) -> tuple[Array, Array]:
     """`answer_logprobs` of rows (B, T) in which each answer stands behind its prompt already."""
-    hidden = hidden_states(spec, weights, tokens)
+    before = hidden_states(spec, weights, tokens, keep=_before_answers(tokens, prompt_lengths, answers.shape[1]))
     kernel = output_kernel(spec.config, weights["base"])
-    before = _before_answers(hidden, prompt_lengths, answers.shape[1])
     logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
     inside = jnp.arange(answers.shape[1]) < lengths[:, None]
     return jnp.where(inside, logprobs, 0.0), jnp.where(inside, entropy, 0.0)
@@ -83,8 +81,9 @@ def answer_values(
     spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
 ) -> Array:
     """The value head's estimate of the state before each answer token: (B, N) float32, 0 beyond each length."""
-    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
-    values = heads.apply_head(weights["head"], _before_answers(hidden, prompt_lengths, answers.shape[1]))
+    tokens = join(prompts, prompt_lengths, answers)
+    before = hidden_states(spec, weights, tokens, keep=_before_answers(tokens, prompt_lengths, answers.shape[1]))
+    values = heads.apply_head(weights["head"], before)
     return jnp.where(jnp.arange(answers.shape[1]) < lengths[:, None], values, 0.0)
 
 
@@ -98,8 +97,8 @@ def answer_logprobs_and_values(
     temperature: float,
 ) -> tuple[Array, Array, Array]:
     """`answer_logprobs` and `answer_values` of one role with a head, in one pass: logprobs, entropy, values (B, N)."""
-    hidden = hidden_states(spec, weights, join(prompts, prompt_lengths, answers))
-    before = _before_answers(hidden, prompt_lengths, answers.shape[1])
+    tokens = join(prompts, prompt_lengths, answers)
+    before = hidden_states(spec, weights, tokens, keep=_before_answers(tokens, prompt_lengths, answers.shape[1]))
     kernel = output_kernel(spec.config, weights["base"])
     logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
     columns = (logprobs, entropy, heads.apply_head(weights["head"], before))
@@ -108,7 +107,7 @@ def answer_logprobs_and_values(
     return logprobs, entropy, values
 
 
-def stacked_hidden_states(spec: RoleSpec, base: Any, adapters: Sequence[Any], tokens: Array) -> Array:
+def stacked_hidden_states(spec: RoleSpec, base: Any, adapters: Sequence[Any], tokens: Array, **kwargs: Any) -> Array:
     """Final hidden states of several roles on the same tokens, in one pass over one base.
 
     The roles' rows run together, each with its own adapters: every base weight is read once for all of them.
@@ -121,7 +120,7 @@ def stacked_hidden_states(spec: RoleSpec, base: Any, adapters: Sequence[Any], to
       (R, B, T, width), what `hidden_states` gives for each role within float32 rounding.
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-    return jax.vmap(lambda own: hidden_states(spec, {"base": base, "adapters": own}, tokens))(stacked)
+    return jax.vmap(lambda own: hidden_states(spec, {"base": base, "adapters": own}, tokens, **kwargs))(stacked)
 
 
 class RoleScores(NamedTuple):
@@ -152,8 +151,9 @@ def scores_together(
     """
     roles = ("policy", "reference", "value")
     tokens = join(prompts, prompt_lengths, answers)
-    hidden = stacked_hidden_states(spec, base, [adapters[role] for role in roles], tokens)
-    policy, reference, value = (_before_answers(h, prompt_lengths, answers.shape[1]) for h in hidden)
+    keep = _before_answers(tokens, prompt_lengths, answers.shape[1])
+    before = stacked_hidden_states(spec, base, [adapters[role] for role in roles], tokens, keep=keep)
+    policy, reference, value = before
     kernel, cap = output_kernel(spec.config, base), spec.config.logit_softcap
     logprobs, entropy = token_logprobs(policy, kernel, answers, temperature, cap)
     ref_logprobs, _ = token_logprobs(reference, kernel, answers, temperature, cap)
@@ -164,8 +164,7 @@ def scores_together(
 
 def last_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array) -> Array:
     """The head's score at each row's last real token: tokens (B, T), lengths (B,) -> (B,) float32."""
-    hidden = hidden_states(spec, weights, tokens)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    last = hidden_states(spec, weights, tokens, keep=(lengths - 1)[:, None])
     return heads.apply_head(weights["head"], last)[:, 0]
 
 

@@ -33,9 +33,9 @@ from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import describe_memory, save_role
 from rlhf_jax.training.experience import PPOConfig, init_controllers, make_experience
 from rlhf_jax.training.guards import Watch, check_unchanged
-from rlhf_jax.training.ppo import make_update
+from rlhf_jax.training.ppo import make_single_update, make_update, score_logprobs
 from rlhf_jax.training.randomness import order_seed
-from rlhf_jax.training.state import fingerprint, init_state, make_optimizer, state_shardings
+from rlhf_jax.training.state import TrainState, fingerprint, init_state, make_optimizer, state_shardings
 
 Sample = Callable[..., Rollout]  # (weights, placed prompts, key, samples) -> their rollout
 
@@ -105,14 +105,11 @@ def run(context: Context) -> dict[str, Any]:
         controllers = init_controllers(settings)
         shardings = state_shardings(roles.trainable, axes, optimizer, mesh, controllers)
         state = init_state(roles.trainable, axes, optimizer, mesh, controllers)
-        value_spec = None if roles.value is None else roles.value.spec
-        update = make_update(settings, spec, value_spec, optimizer, shardings, mixed.segments if mixed else 1)
+        learn = _learner(context, roles, mixed, optimizer, shardings)
         memory = roles.memory(state.params, state.opt_state)
         context.progress(describe_memory(memory))
         sample = _sampler(context, roles, mesh)
         roll_out = _rollouts(context, roles, prompts, sample, mesh)
-        update_keys = _fold_ins(context.key("minibatches"), config.iterations)
-        parts = settings.minibatches * settings.accumulation
         watch = Watch(
             context.name, settings, context.experiment.checks, spec.config.dtype, config.kl_limit, context.progress
         )
@@ -121,18 +118,9 @@ def run(context: Context) -> dict[str, Any]:
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
             acting = roles.acting(state.params)
             rollout, pending = roll_out(acting["policy"], iteration)
-            read = roles.score(acting, rollout, parts)
-            scores, sources = roles.judge.finish(pending)
-            sources = sources if len(sources) > 1 else {}
-            experience, metrics, controllers = make_experience(
-                settings, rollout, read, scores, state.controllers, sources
-            )
+            state, experience, scores, metrics = learn(state, acting, rollout, pending, iteration)
             watch.inspect(rollout, scores, experience, bool(config.stop_strings))
-            ptx = None if mixed is None else mixed.batch(iteration)
-            key, kl_coef = update_keys[iteration], metrics["objective/kl_coef"]
-            state = state.replace(controllers=controllers)
-            state, updates = update(state, roles.frozen, experience, kl_coef, key, ptx)
-            return state, metrics | updates
+            return state, metrics
 
         evaluate = None
         if config.evaluation.data:
@@ -233,6 +221,41 @@ def _rollouts(context: Context, roles: Roles, prompts: Prompts, sample: Sample, 
         return rollouts[0] if parts == 1 else join(rollouts), pending
 
     return roll_out
+
+
+def _learner(context: Context, roles: Roles, mixed: "_Mixed | None", optimizer: Any, shardings: TrainState):
+    """The function (state, acting, rollout, pending scores, iteration) -> (state, experience, scores, metrics).
+
+    Scores are waited for last: reward functions run on the host while the device reads the rollout.
+    """
+    settings, policy = roles.settings, roles.policy.spec
+    value = None if roles.value is None else roles.value.spec
+    segments = mixed.segments if mixed else 1
+    parts = settings.minibatches * settings.accumulation
+    if settings.single:
+        at_once = make_single_update(settings, policy, value, optimizer, shardings, segments)
+
+        def learn_at_once(state: Any, acting: Any, rollout: Rollout, pending: Any, iteration: int):
+            ref_logprobs, _ = score_logprobs(policy, roles.reference, rollout, parts)
+            ptx = mixed.batch(iteration) if mixed else None
+            scores, sources = roles.judge.finish(pending)
+            state, experience, metrics = at_once(state, roles.frozen, rollout, ref_logprobs, scores, sources, ptx)
+            return state, experience, scores, metrics
+
+        return learn_at_once
+    update = make_update(settings, policy, value, optimizer, shardings, segments)
+    keys = _fold_ins(context.key("minibatches"), context.config.iterations)
+
+    def learn(state: Any, acting: Any, rollout: Rollout, pending: Any, iteration: int):
+        read = roles.score(acting, rollout, parts)
+        scores, sources = roles.judge.finish(pending)
+        experience, metrics, controllers = make_experience(settings, rollout, read, scores, state.controllers, sources)
+        ptx = mixed.batch(iteration) if mixed else None
+        state, kl_coef = state.replace(controllers=controllers), metrics["objective/kl_coef"]
+        state, updates = update(state, roles.frozen, experience, kl_coef, keys[iteration], ptx)
+        return state, experience, scores, metrics | updates
+
+    return learn
 
 
 class _Mixed:

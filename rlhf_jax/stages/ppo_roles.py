@@ -17,7 +17,6 @@ from rlhf_jax.training.artifacts import Role, continue_role, role_memory
 from rlhf_jax.training.experience import PPOConfig
 from rlhf_jax.training.ppo import score_logprobs, score_shared, score_together, score_values
 
-
 _no_values = jax.jit(jnp.zeros_like)  # jitted: eagerly it would move a scalar to the device in every iteration
 
 

@@ -74,6 +74,11 @@ class PPOConfig:
         return self.has_critic and self.critic == "shared"
 
     @property
+    def single(self) -> bool:
+        """Whether a rollout is trained on in one step: its forward pass then scores for policy and critic."""
+        return self.epochs == self.minibatches == self.accumulation == 1 and not self.stops_updates
+
+    @property
     def stops_updates(self) -> bool:
         """Whether the stop metric is one of the update's, which ends an iteration's updates."""
         return self.stop_metric in UPDATE_METRICS
@@ -98,8 +103,8 @@ class Controllers(struct.PyTreeNode):
 
 
 def init_controllers(config: PPOConfig) -> Controllers:
-    zero = jnp.zeros((), jnp.float32)
-    return Controllers(jnp.float32(config.kl_coef), zero, zero, zero)
+    """Before the first rollout."""
+    return Controllers(jnp.float32(config.kl_coef), *(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 class Experience(struct.PyTreeNode):
@@ -218,7 +223,7 @@ def make_experience(
       roles: of the policy that sampled, the reference and the critic, by scoring.
       scores: (B,) float, as the sources gave them.
       controllers: as the last rollout left them; its `kl_coef` is this rollout's.
-      sources: name -> (B,) scores of each of several sources; their means are metrics too.
+      sources: name -> (B,) scores of each source; the means of several are metrics too.
     """
     check_rollout(rollout, scores)
     logprobs, ref_logprobs, entropy, values = roles
@@ -247,7 +252,8 @@ def make_experience(
         "val/num_eos_tokens": rollout.ended.sum(),
         "response_length": rollout.lengths.mean(dtype=jnp.float32),
     }
-    metrics |= {name: x.mean() for name, x in (sources or {}).items()}
+    if sources is not None and len(sources) > 1:
+        metrics |= {name: x.mean() for name, x in sources.items()}
     if config.has_critic:
         residual = jnp.where(mask, returns - values, 0.0)
         metrics |= {

@@ -55,7 +55,7 @@ def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunct
 
     def gradient(trainable: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, dict[str, Array]]:
         def part_sums(part: Tree) -> Tree:
-            return jax.tree.map(_widen, differentiate(trainable, frozen, part))
+            return widened(differentiate(trainable, frozen, part))
 
         if accumulation == 1:
             summed = part_sums(batch)
@@ -75,9 +75,13 @@ def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunct
     return gradient
 
 
-def _widen(x: Array) -> Array:
-    """To float32 if it is a shorter floating-point dtype."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def widened(tree: Tree) -> Tree:
+    """Leaves of a shorter floating-point dtype as float32."""
+
+    def widen(x: Array) -> Array:
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(widen, tree)
 
 
 def mean_metrics(metrics: dict[str, tuple[Array, Array]]) -> dict[str, Array]:

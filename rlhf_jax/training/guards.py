@@ -37,7 +37,7 @@ def inspect(rollout: Rollout, scores: Array, experience: Experience, stop_string
         "lengths": (rollout.lengths < 1) | (rollout.lengths > width) | (~rollout.ended & (rollout.lengths != width)),
         "stop_outside": ended_without,
         "stop_inside": jnp.any(stops & (steps < last), axis=-1),
-        "mask": jnp.abs(answer_mask(rollout.lengths, width).sum(-1) - rollout.lengths),
+        "mask": jnp.abs(answer_mask(experience.lengths, width).sum(-1) - rollout.lengths),
         "padding": jnp.any(beyond & trained, axis=-1),
     }
     return {name: jnp.sum(x, dtype=jnp.int32) for name, x in counts.items()}

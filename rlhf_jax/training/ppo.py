@@ -24,8 +24,8 @@ from rlhf_jax.rollout.scoring import (
     scores_together,
     with_end_token,
 )
-from rlhf_jax.training.experience import Experience, PPOConfig, answer_mask
-from rlhf_jax.training.gradient import GradientFunction, Objective, RecordLosses, microbatches, plain_gradient
+from rlhf_jax.training.experience import Experience, PPOConfig, answer_mask, make_experience
+from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, microbatches, plain_gradient, widened
 from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.state import TrainState, apply_gradient
 
@@ -89,62 +89,78 @@ def score_rewards(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int
     return _over_parts(partial(answer_scores, spec, weights), (prompts, prompt_lengths, tokens, lengths), parts)
 
 
-def ppo_objective(config: PPOConfig, policy: RoleSpec, value: RoleSpec | None) -> Objective:
+def answer_outputs(
+    config: PPOConfig, policy: RoleSpec, value: RoleSpec | None, weights: dict[str, Weights], rows: Rollout | Experience
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities, entropies and values (B, N) of the trained roles; values are 0 without a critic."""
+    fields, temperature = _row_fields(rows), rows.sampling.temperature
+    if config.shares_critic:
+        return answer_logprobs_and_values(policy, weights["policy"], *fields, temperature)
+    logprobs, entropy = answer_logprobs(policy, weights["policy"], *fields, temperature)
+    if value is None:
+        return logprobs, entropy, jnp.zeros_like(logprobs)
+    return logprobs, entropy, answer_values(value, weights["value"], *fields)
+
+
+def answer_losses(
+    config: PPOConfig, outputs: tuple[Array, Array, Array], kl_coef: Array, batch: Experience
+) -> RecordLosses:
     """Clipped policy loss, value_coef * clipped value loss, KL and entropy terms: one loss an answer.
 
     An answer's loss and weight follow `PPOConfig.weighting`: "token": its sum, over all tokens of the batch;
     "sequence": its mean over its tokens, over all answers; "constant": its sum over the longest answer allowed, over
     all answers.
 
+    Args:
+      outputs: `answer_outputs` of the weights that train.
+    """
+    logprobs, entropy, values = outputs
+    mask = answer_mask(batch.lengths, batch.tokens.shape[1])
+    count = jnp.sum(mask, dtype=jnp.float32)
+
+    def masked(x: Array) -> Array:
+        return jnp.where(mask, x, 0.0)
+
+    compared = logprobs, batch.logprobs
+    if config.ratio == "sequence":
+        compared = sequence_logprobs(logprobs, mask), sequence_logprobs(batch.logprobs, mask)
+    pg = masked(ppo_policy_loss(*compared, batch.advantages, config.clip_ratio, config.dual_clip))
+    log_ratio = masked(compared[0] - compared[1])
+    ratio = jnp.exp(log_ratio)
+    tokens = {
+        "loss/policy": pg,
+        "policy/approxkl": 0.5 * jnp.square(log_ratio),
+        "policy/clipfrac": masked(jnp.abs(ratio - 1.0) > config.clip_ratio),
+        "val/ratio": masked(ratio),
+        "val/ratio_error": masked(jnp.abs(ratio - 1.0)),
+    }
+    losses = pg
+    if config.has_critic:
+        vf = masked(ppo_value_loss(values, batch.values, batch.returns, config.value_clip))
+        tokens["loss/value"] = vf
+        tokens["val/clipfrac"] = masked(jnp.abs(values - batch.values) > config.value_clip)
+        losses = losses + config.value_coef * vf
+    if config.kl_in == "loss":
+        tokens["loss/kl"] = masked(kl_estimate(logprobs, batch.ref_logprobs, config.kl_estimator))
+        losses = losses + kl_coef * tokens["loss/kl"]
+    if config.entropy_coef:
+        tokens["loss/entropy"] = masked(entropy)
+        losses = losses - config.entropy_coef * tokens["loss/entropy"]
+    sums = {name: (jnp.sum(x, dtype=jnp.float32), count) for name, x in tokens.items()}
+    return RecordLosses(*_weighted(config, jnp.sum(losses, axis=-1), batch), sums)
+
+
+def ppo_objective(config: PPOConfig, policy: RoleSpec, value: RoleSpec | None) -> Objective:
+    """`answer_losses` of what trains.
+
     trainable and frozen: {"policy": parts of the weights, "value": parts}, and frozen["kl_coef"] ();
     batch: `Experience`. `value` is None without a critic of its own.
     """
 
-    def outputs(weights: dict[str, Weights], batch: Experience) -> tuple[Array, Array, Array]:
-        fields, temperature = _row_fields(batch), batch.sampling.temperature
-        if config.shares_critic:
-            return answer_logprobs_and_values(policy, weights["policy"], *fields, temperature)
-        logprobs, entropy = answer_logprobs(policy, weights["policy"], *fields, temperature)
-        if value is None:
-            return logprobs, entropy, batch.values
-        return logprobs, entropy, answer_values(value, weights["value"], *fields)
-
     def objective(trainable: Any, frozen: Any, batch: Experience) -> RecordLosses:
         weights = {role: {**frozen[role], **trainable[role]} for role in trainable}
-        logprobs, entropy, values = outputs(weights, batch)
-        mask = answer_mask(batch.lengths, batch.tokens.shape[1])
-        count = jnp.sum(mask, dtype=jnp.float32)
-
-        def masked(x: Array) -> Array:
-            return jnp.where(mask, x, 0.0)
-
-        compared = logprobs, batch.logprobs
-        if config.ratio == "sequence":
-            compared = sequence_logprobs(logprobs, mask), sequence_logprobs(batch.logprobs, mask)
-        pg = masked(ppo_policy_loss(*compared, batch.advantages, config.clip_ratio, config.dual_clip))
-        log_ratio = masked(compared[0] - compared[1])
-        ratio = jnp.exp(log_ratio)
-        tokens = {
-            "loss/policy": pg,
-            "policy/approxkl": 0.5 * jnp.square(log_ratio),
-            "policy/clipfrac": masked(jnp.abs(ratio - 1.0) > config.clip_ratio),
-            "val/ratio": masked(ratio),
-            "val/ratio_error": masked(jnp.abs(ratio - 1.0)),
-        }
-        losses = pg
-        if config.has_critic:
-            vf = masked(ppo_value_loss(values, batch.values, batch.returns, config.value_clip))
-            tokens["loss/value"] = vf
-            tokens["val/clipfrac"] = masked(jnp.abs(values - batch.values) > config.value_clip)
-            losses = losses + config.value_coef * vf
-        if config.kl_in == "loss":
-            tokens["loss/kl"] = masked(kl_estimate(logprobs, batch.ref_logprobs, config.kl_estimator))
-            losses = losses + frozen["kl_coef"] * tokens["loss/kl"]
-        if config.entropy_coef:
-            tokens["loss/entropy"] = masked(entropy)
-            losses = losses - config.entropy_coef * tokens["loss/entropy"]
-        sums = {name: (jnp.sum(x, dtype=jnp.float32), count) for name, x in tokens.items()}
-        return RecordLosses(*_weighted(config, jnp.sum(losses, axis=-1), batch), sums)
+        outputs = answer_outputs(config, policy, value, weights, batch)
+        return answer_losses(config, outputs, frozen["kl_coef"], batch)
 
     return objective
 
@@ -164,20 +180,16 @@ def minibatch_rows(key: Array, rows: int, epochs: int, minibatches: int) -> Arra
     return orders.reshape(epochs * minibatches, rows // minibatches)
 
 
-def _gradient(config: PPOConfig, policy: RoleSpec, value: RoleSpec | None, segments: int) -> GradientFunction:
-    """The gradient of the objective, and of ptx_coef times the language-model loss of `segments` packed records."""
-    ours = plain_gradient(ppo_objective(config, policy, value), config.accumulation)
-    if not config.ptx_coef:
-        return lambda params, frozen, batch: ours(params, frozen, batch[0])
+def _ptx_gradient(config: PPOConfig, policy: RoleSpec, segments: int):
+    """The function (params, frozen, ptx, grads) -> (grads with ptx_coef times the language-model loss's, its loss)."""
     theirs = plain_gradient(sft_objective(policy, segments), config.accumulation)
 
-    def gradient(params: Any, frozen: Any, batch: tuple[Experience, Any]) -> tuple[Any, Metrics]:
-        grads, metrics = ours(params, frozen, batch[0])
-        mixed, figures = theirs(params["policy"], frozen["policy"], batch[1])
+    def mix(params: Any, frozen: Any, ptx: Any, grads: Any) -> tuple[Any, Metrics]:
+        mixed, figures = theirs(params["policy"], frozen["policy"], ptx)
         both = jax.tree.map(lambda a, b: a + config.ptx_coef * b, grads["policy"], mixed)
-        return {**grads, "policy": both}, {**metrics, "loss/ptx": figures["loss/train"]}
+        return {**grads, "policy": both}, {"loss/ptx": figures["loss/train"]}
 
-    return gradient
+    return mix if config.ptx_coef else lambda params, frozen, ptx, grads: (grads, {})
 
 
 def make_update(
@@ -197,16 +209,19 @@ def make_update(
     Metrics are means over the updates that were made, `policy/updates` of them; `val/first_ratio_error` is of the first
     minibatch, where nothing has been updated yet: the mean of |ratio - 1|, 0 up to rounding.
     """
-    gradient = _gradient(config, policy, value, segments)
+    gradient = plain_gradient(ppo_objective(config, policy, value), config.accumulation)
+    mix = _ptx_gradient(config, policy, segments)
     count = config.epochs * config.minibatches
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics, Array]:
-        grads, metrics = gradient(state.params, frozen, batch)
+        experience, ptx = batch
+        grads, metrics = gradient(state.params, frozen, experience)
+        grads, mixed = mix(state.params, frozen, ptx, grads)
         going = metrics[config.stop_metric] <= config.stop_limit if config.stops_updates else jnp.bool_(True)
         moved, norms = apply_gradient(state, grads, optimizer)
         if config.stops_updates:
             moved = jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
-        return moved, metrics | norms, going
+        return moved, metrics | mixed | norms, going
 
     def update(
         state: TrainState, frozen: Any, experience: Experience, kl_coef: Array, key: Array, ptx: Any = None
@@ -241,3 +256,50 @@ def make_update(
         return state, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def make_single_update(
+    config: PPOConfig,
+    policy: RoleSpec,
+    value: RoleSpec | None,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+    segments: int = 1,
+):
+    """The jitted `(state, frozen, rollout, ref_logprobs, scores, sources, ptx) -> (state, experience, metrics)`.
+
+    For `config.single`: where a rollout is trained on once, in one step, old log-probabilities and values are those of
+    the step's own forward pass, so policy and critic read the rollout once instead of twice. Gradient, metrics and new
+    state are those of `make_experience` and `make_update`; the state is donated, its controllers are moved on.
+    """
+    mix = _ptx_gradient(config, policy, segments)
+
+    def loss(params: Any, frozen: Any, rollout: Rollout, ref_logprobs: Array, scores: Array, state: Any, sources: Any):
+        weights = {role: {**frozen[role], **params[role]} for role in params}
+        outputs = answer_outputs(config, policy, value, weights, rollout)
+        logprobs, entropy, values = jax.lax.stop_gradient(outputs)
+        read = RoleScores(logprobs, ref_logprobs, entropy, values)
+        experience, figures, controllers = make_experience(config, rollout, read, scores, state.controllers, sources)
+        out = answer_losses(config, outputs, figures["objective/kl_coef"], experience)
+        mean = jnp.sum(out.losses) / jnp.maximum(jnp.sum(out.weights), 1.0)
+        return mean, (experience, figures | mean_metrics(out.metrics), controllers)
+
+    def update(
+        state: TrainState,
+        frozen: Any,
+        rollout: Rollout,
+        ref_logprobs: Array,
+        scores: Array,
+        sources: Metrics,
+        ptx: Any = None,
+    ) -> tuple[TrainState, Experience, Metrics]:
+        differentiate = jax.grad(loss, has_aux=True)
+        inputs = (rollout, ref_logprobs, scores, state, sources)
+        grads, (experience, metrics, controllers) = differentiate(state.params, frozen, *inputs)
+        grads, mixed = mix(state.params, frozen, ptx, widened(grads))
+        state, norms = apply_gradient(state.replace(controllers=controllers), grads, optimizer)
+        single = {"policy/updates": jnp.int32(1), "val/ratio_var": jnp.float32(0)}
+        single["val/first_ratio_error"] = metrics["val/ratio_error"]
+        return state, experience, metrics | mixed | norms | single
+
+    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None, None))

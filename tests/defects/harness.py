@@ -20,6 +20,7 @@ import optax
 from ml_collections import ConfigDict
 
 from rlhf_jax.config import experiment
+from rlhf_jax.config import stage as configured
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.distributed.sharding import make_mesh
 from rlhf_jax.models import TransformerConfig
@@ -35,6 +36,7 @@ from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.experience import Controllers, PPOConfig
 from rlhf_jax.training.randomness import stage_key
 from rlhf_jax.training.state import TrainState, fingerprint
+from rlhf_jax.validation import validate
 
 MODEL = TransformerConfig(
     vocab_size=13, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=32, tie_embeddings=False
@@ -84,11 +86,9 @@ class Patches:
         def traced(*args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs)
 
-        names = inspect.signature(inner).parameters
         static = {"config", "spec", "sampling", "samples", "check_every", "parts", "stop_strings"}
-        numbers = owner is not experiences and name == "generate"  # its config is the decoder's, static all the same
-        assert numbers or static & set(names)
-        self.set(owner, name, jax.jit(traced, static_argnames=sorted(static & set(names))))
+        static &= set(inspect.signature(inner).parameters)
+        self.set(owner, name, jax.jit(traced, static_argnames=sorted(static)))
 
 
 def mesh() -> Any:
@@ -133,9 +133,7 @@ def start_weights() -> dict[str, Any]:
 def tiny_roles() -> ppo_roles.Roles:
     """Policy, critic and reference of a full fine-tuning; the judge is `reward`."""
     start, tokenizer = start_weights(), SimpleNamespace(stop_ids=STOP_IDS)
-    judge = SimpleNamespace(
-        roles={}, begin=lambda rollout, records: rollout, finish=lambda pending: reward(pending[0])
-    )
+    judge = SimpleNamespace(roles={}, begin=lambda rollout, records: rollout, finish=lambda pending: reward(pending[0]))
     roles = [Role(SPEC, dict(start[name]), tokenizer) for name in ("policy", "value")]
     return ppo_roles.Roles(SETTINGS, *roles, reference=dict(start["policy"]), judge=judge)
 
@@ -172,14 +170,15 @@ def watched_run() -> None:
             watch.inspect(rollout, scores, experience, False)
             kl_coef, state = metrics["objective/kl_coef"], state.replace(controllers=controllers)
             state, figures = update_program()(state, roles.frozen, experience, kl_coef, keys[iteration])
-            after_update(roles, state)
+            state = after_update(roles, state)
             watch(iteration + 1, metrics | figures)
         guards.check_unchanged("ppo", anchors, frozen)
     assert not watch.warnings, watch.warnings
 
 
-def after_update(roles: ppo_roles.Roles, state: TrainState) -> None:
-    """Nothing; a specimen puts here what a stack does to its other roles after an update."""
+def after_update(roles: ppo_roles.Roles, state: TrainState) -> TrainState:
+    """The state; a specimen puts here what becomes of it and of the roles."""
+    return state
 
 
 # --- a stage of a few numbers that is cut and goes on -----------------------------------------------------------------
@@ -235,3 +234,21 @@ def small_stage_is_cut_and_goes_on() -> None:
         run_small_stage(Path(folder) / "cut", 2)
         resumed = run_small_stage(Path(folder) / "cut", 4)
     assert np.array_equal(resumed["table"], whole["table"]), "a resumed run does not end as one that was never cut"
+
+
+# --- a configuration --------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Any] = {}  # of the ppo stage; a specimen's own
+
+
+def experiment_with(**changes: Any) -> ConfigDict:
+    """An experiment with a ppo stage."""
+    config = experiment()
+    config.stages.sft = configured("sft", init="scratch", tokenizer="tokenizer.model", data="sft.jsonl")
+    config.stages.reward = configured("reward", init="sft", data="pairs.jsonl")
+    config.stages.ppo = configured("ppo", init="sft", reward="reward", data="prompts.jsonl", **changes)
+    return config
+
+
+def configuration_is_checked() -> None:
+    validate(experiment_with(**CHANGES))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,17 @@ from tiny_ppo import (
 )
 
 from rlhf_jax.models import Transformer
-from rlhf_jax.training.experience import Experience, PPOConfig, end_penalized
-from rlhf_jax.training.ppo import minibatch_rows, score_logprobs, score_rewards, score_values
+from rlhf_jax.rollout.scoring import RoleScores
+from rlhf_jax.training.experience import Experience, PPOConfig, end_penalized, init_controllers, make_experience
+from rlhf_jax.training.ppo import (
+    answer_outputs,
+    make_single_update,
+    make_update,
+    minibatch_rows,
+    score_logprobs,
+    score_rewards,
+    score_values,
+)
 from rlhf_jax.training.state import TrainState
 
 
@@ -322,3 +332,42 @@ def test_one_step_raises_the_probability_of_what_was_better_than_expected(full):
     values = score_values(full.spec, params["value"], rollout, 1)
     error = [float(jnp.sum(jnp.square(v - experience.returns))) for v in (values, experience.values)]
     assert error[0] < error[1]
+
+
+@pytest.mark.parametrize("critic", ["policy", "shared", "none"])
+def test_one_step_that_scores_itself_is_scoring_and_then_stepping(full, critic):
+    """Where a rollout is trained on once, in one step, the single forward pass gives what two give."""
+    config = dataclasses.replace(ONCE, value_coef=0.5, kl_coef=0.3, entropy_coef=0.1, kl_controller="adaptive")
+    roles = full
+    if critic == "shared":
+        config = dataclasses.replace(config, critic="shared")
+        head = full.weights["value"]["head"]
+        roles = SimpleNamespace(**vars(full) | {"weights": {"policy": {**full.weights["policy"], "head": head}}})
+    elif critic == "none":
+        config = dataclasses.replace(config, estimator="rloo", samples=2)
+        roles = SimpleNamespace(**vars(full) | {"weights": {"policy": full.weights["policy"]}})
+    value = full.spec if critic == "policy" else None
+    rollout, reference = roll(full), {"base": base(7)}
+    scores = np.linspace(-1, 1, ROWS, dtype=np.float32)
+    ref_logprobs, _ = score_logprobs(full.spec, reference, rollout, 1)
+    params = {role: jax.tree.map(jnp.copy, weights) for role, weights in roles.weights.items() if role != "reward"}
+    frozen = {role: {} for role in params}
+    assert config.single
+
+    logprobs, entropy, values = answer_outputs(config, full.spec, value, params, rollout)
+    read = RoleScores(logprobs, ref_logprobs, entropy, values)
+    experience, metrics, controllers = make_experience(config, rollout, read, scores, init_controllers(config))
+    copied = jax.tree.map(jnp.copy, params)
+    state = TrainState(jnp.int32(0), copied, OPTIMIZER.init(copied), controllers)
+    update = make_update(config, full.spec, value, OPTIMIZER)
+    two, updates = update(state, frozen, experience, metrics["objective/kl_coef"], jax.random.key(0))
+
+    state = TrainState(jnp.int32(0), params, OPTIMIZER.init(params), init_controllers(config))
+    at_once = make_single_update(config, full.spec, value, OPTIMIZER)
+    one, same, figures = at_once(state, frozen, rollout, ref_logprobs, scores, {})
+    assert largest(one.params, two.params) < 1e-5 and int(one.step) == 1
+    np.testing.assert_allclose(one.controllers.kl_coef, two.controllers.kl_coef, rtol=1e-6)
+    np.testing.assert_allclose(same.advantages, experience.advantages, rtol=1e-4, atol=1e-5)
+    assert set(figures) == set(metrics | updates)
+    for name, number in (metrics | updates).items():
+        np.testing.assert_allclose(figures[name], number, rtol=1e-4, atol=1e-5, err_msg=name)
