@@ -12,14 +12,17 @@ Base and classifier are made once. ppo_1, ppo_2 and ppo_3 share them and are thr
 keyed by (seed, stage name), so the three differ in every draw: order of prompts, sampled tokens, minibatches.
 report.html shows them in one plot.
 
-TIME_AND_RESULT
+2 CPU cores, about 20 minutes. Expected (seed 0, the first of the three): base 4.74 nats a token; classifier right on
+72 % of held-out windows of 40 to 56 tokens; held-out score RESULT
 
-The same file with a GPT-2 checkpoint (Hugging Face format, 124M) in the place of the small decoder is the paper's run:
-beginnings of 64 tokens, batches of 512, a million episodes, KL target 6 nats over a horizon of 10,000 answers:
+The same file with a GPT-2 checkpoint (Hugging Face format, 124M) in the place of the small decoder has the paper's
+size: beginnings of 64 tokens, batches of 512, a million answers, learning rate 1e-5, a horizon of 10,000 answers:
 
     python -m rlhf_jax.main --config=configs/sentiment.py:FOLDER,gpt2=GPT2_FOLDER --workdir=runs/sentiment_gpt2
 
-EXPECT
+That run needs an accelerator and was not made here. A reimplementation of the paper, which scores books by a classifier
+of product reviews, has a score of -0.5 -> 1.85 (1.3 to 2.4 over ten seeds), a KL that overshoots to 6.5 and settles at
+6.0, and a KL coefficient of 0.15 -> 0.12 -> 0.25 (Huang et al., 2023, "The N implementation details of RLHF with PPO").
 """
 
 from pathlib import Path

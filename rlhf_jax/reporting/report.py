@@ -221,15 +221,15 @@ def _together(results: Mapping, metrics: Mapping[str, list[dict]], targets: Mapp
     names = [name for name, result in results.items() if result.get("kind") == "ppo"]
     if len(names) < 2:
         return []
-    found = []
+    found, x_name = [], _x_name([row for name in names for row in metrics[name]])
     for curve in TOGETHER:
         (metric,) = curve.series
-        series = {name: _points(metrics[name], "iteration", metric) for name in names}
+        series = {name: _points(metrics[name], x_name, metric) for name in names}
         series = {name: points for name, points in series.items() if points[0]}
         aims = dict.fromkeys(targets[name] for name in series if name in targets) if metric == "objective/kl" else {}
         marks = {f"KL target {number(target)}": target for target in aims}
         if series:
-            found.append(_plot(plots.curves(series, "iteration", curve.y_label, limits=marks), curve.caption))
+            found.append(_plot(plots.curves(series, x_name, curve.y_label, limits=marks), curve.caption))
     return found
 
 
@@ -259,7 +259,7 @@ def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float |
 
 def _curve_plots(curve: Curve, metrics: list[dict], limits: Mapping[str, Mapping[str, float]]) -> list[Plot]:
     """The plot of a curve whose metrics were logged, or nothing."""
-    x_name = "iteration" if any("iteration" in row for row in metrics) else "step"
+    x_name = _x_name(metrics)
     series = {label: _points(metrics, x_name, name) for name, label in curve.series.items()}
     series = {label: points for label, points in series.items() if points[0]}
     if not series:
@@ -354,6 +354,10 @@ def _memorization_headlines(figures: Mapping) -> list[tuple[str, str]]:
         for row in figures.get("table") or []
         if row["group"] == row["duplicates"] == "all" and _is_number(row.get("counterfactual_rate"))
     ]
+
+
+def _x_name(metrics: list[dict]) -> str:
+    return "iteration" if any("iteration" in row for row in metrics) else "step"
 
 
 def _points(metrics: list[dict], x_name: str, y_name: str) -> plots.Points:

@@ -142,7 +142,7 @@ def run_loop(
                 raise
             save(iteration - 1)
             checkpoints.wait()
-            raise UserError(f"{error} ({iteration - 1} iterations are saved: run the same command to go on)") from error
+            raise UserError(f"{error} ({iteration - 1} iterations are saved)") from error
 
     try:
         if done == 0 and evaluate is not None:

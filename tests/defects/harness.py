@@ -158,7 +158,9 @@ def watched_run() -> None:
         sample = stage._sampler(context, roles, mesh())
         roll_out = stage._rollouts(context, roles, prompts, sample, mesh())
         keys = stage._fold_ins(context.key("minibatches"), context.config.iterations)
-        watch = guards.Watch("ppo", SETTINGS, experiment().checks, "float32", 20.0, lambda text: None)
+        checks = experiment().checks
+        checks.length_floor = 0.4  # at its default answers of 4 tokens could not fall below it
+        watch = guards.Watch("ppo", SETTINGS, checks, "float32", 20.0, lambda text: None)
         state = first_state(roles)
         for iteration in range(2):
             acting = roles.acting(state.params)

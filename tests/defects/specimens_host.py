@@ -7,7 +7,7 @@ from typing import Any
 
 import harness
 import jax.numpy as jnp
-import truths
+import truths_host as truths
 from harness import Patches, Specimen, configuration_is_checked, small_stage_is_cut_and_goes_on
 
 from rlhf_jax.data.order import DataOrder
@@ -152,7 +152,7 @@ SPECIMENS = [
     Specimen("order_without_a_seed", "verl#7816", order_without_seed, T.order_is_its_seeds, "one seed has two orders"),
     Specimen(
         "rate_decays_over_iterations",
-        "a scheduler that counts rollouts",
+        "a slip: a scheduler that counts rollouts",
         rate_over_iterations,
         T.learning_rate_decays_over_steps,
         "before the last optimizer step",
@@ -164,32 +164,32 @@ SPECIMENS = [
         CUT,
         "the reference is not the one this stage was trained beside",
     ),
-    Specimen("kl_coefficient_is_not_restored", "ray#22444", forgets("controllers"), CUT, "never cut"),
-    Specimen("weights_are_not_restored", "OpenRLHF PR 1286; verl's critic", forgets("params"), CUT, "never cut"),
+    Specimen("kl_coefficient_is_not_restored", "ray#22444, verl", forgets("controllers"), CUT, "never cut"),
+    Specimen("weights_are_not_restored", "OpenRLHF PR 1286", forgets("params"), CUT, "never cut"),
     Specimen(
         "reference_without_its_adapters",
-        "a LoRA reference is its base",
+        "a slip: adapters switched off for the reference",
         reference_without_adapters,
         T.reference_is_where_the_policy_starts,
         "KL to the reference is",
     ),
     Specimen(
         "k1_in_the_loss",
-        "its expected gradient is 0",
+        "a slip: arXiv 1909.08593 has it in the reward",
         asks_for(kl_in="loss", kl_estimator="k1"),
         configuration_is_checked,
         "its expected gradient is 0",
     ),
     Specimen(
         "training_on_top_k",
-        "EasyDeL's defaults",
+        "trl#6789",
         asks_for(top_k=50),
         configuration_is_checked,
         "truncated support",
     ),
     Specimen(
         "a_group_of_one",
-        "Tunix: n / (n - 1)",
+        "Tunix: n / (n - 1) at n = 1",
         asks_for(estimator="grpo", samples=1),
         configuration_is_checked,
         "compares the answers to one prompt",

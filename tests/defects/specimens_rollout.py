@@ -211,11 +211,23 @@ def answers_end_at_once(patch: Patches) -> None:
     patch.set(harness, "after_update", ended)
 
 
+def sampler_has_another_temperature(patch: Patches) -> None:
+    def wrapper(generate: Any) -> Any:
+        def warmer(*args: Any, sampling: Any, **kwargs: Any) -> Rollout:
+            other = dataclasses.replace(sampling, temperature=1.0)
+            return generate(*args, sampling=other, **kwargs).replace(sampling=sampling)
+
+        return warmer
+
+    patch.wrap(stage, "generate", wrapper)
+
+
 ROWS = [
     ("rewards_are_integers", "Tunix, ppo_learner.py:361", integer_scores, "rewards are int32"),
-    ("a_reward_is_nan", "verl#6361, NeMo-RL#3544: what a NaN does then", nan_score, "a score that is NaN"),
+    ("a_reward_is_nan", "a slip: a reward that divides by 0", nan_score, "a score that is NaN"),
     ("reference_at_another_temperature", "Tunix, rl_cluster.py:987", reference_untempered, "KL to the reference is"),
-    ("old_at_another_temperature", "EasyDeL PPO, _fn.py:79", old_untempered, "ratios are off"),
+    ("old_at_another_temperature", "Tunix: its GRPO passes it, its PPO does not", old_untempered, "ratios are off"),
+    ("sampler_at_another_temperature", "EasyDeL PPO, _fn.py:79", sampler_has_another_temperature, "scoring differ"),
     (
         "stop_token_is_padding",
         "Tunix, ppo_learner.py:288 with pad = eos",
@@ -225,22 +237,19 @@ ROWS = [
     ("length_without_the_stop_token", "trl#1623, trl#3091: pad = eos", length_without_stop, "is no stop token"),
     ("unknown_token_is_padding", "safe-rlhf, rl_trainer.py:420", unknown_is_padding, "have a length that is not"),
     ("answers_go_on_after_their_end", "trl#2387", stop_is_ignored, "go on after a stop token"),
-    ("end_means_eos_alone", "trl#3750: eos, not the stop token", end_is_one_of_two, "end early without an end"),
-    ("a_cut_answer_counts_as_ended", "trl#3750", cut_is_ended, "is no stop token"),
+    ("end_means_eos_alone", "trl#3750", end_is_one_of_two, "end early without an end"),
+    ("a_cut_answer_counts_as_ended", "a slip: trl#3750 the other way", cut_is_ended, "is no stop token"),
     ("sampled_by_top_k", "trl#6789, EasyDeL's defaults", top_k, "scored on the full support"),
     ("sampled_by_top_k_in_secret", "prime-rl#2601", secret_top_k, "decoding and scoring differ"),
-    ("logprobs_off_by_one", "DeepSpeedExamples#297", logprobs_off_by_one, "decoding and scoring differ"),
+    ("logprobs_off_by_one", "a slip: labels shifted twice", logprobs_off_by_one, "decoding and scoring differ"),
     ("sampler_is_not_updated", "verl#6280, verl#2996", sampler_keeps_its_weights, "decoding and scoring differ"),
     ("old_logprobs_are_stale", "verl#6280, verl#2996", old_of_the_last_rollout, "ratios are off"),
-    ("dropout_in_scoring", "safe-rlhf trains in train mode", dropout_in_scoring, "ratios are off"),
-    (
-        "pads_are_filled_with_1",
-        "trl#2022, trl#2281: INVALID_LOGPROB",
-        pads_filled_with_1,
-        "log-probabilities on padding",
-    ),
-    ("reference_trains_too", "a donated or shared base", reference_trains_too, "the frozen reference has changed"),
-    ("all_answers_are_one", "N-JAX: one key in policy_generate", one_answer_for_all, "repeat another one"),
-    ("policy_collapses", "DeepSpeedExamples#887", policy_collapses, "entropy fell"),
+    ("dropout_in_scoring", "safe-rlhf updates in train mode", dropout_in_scoring, "ratios are off"),
+    ("pads_are_filled_with_1", "trl#2022: INVALID_LOGPROB", pads_filled_with_1, "log-probabilities on padding"),
+    ("reference_trains_too", "a slip: a shared base", reference_trains_too, "the frozen reference has changed"),
+    ("all_answers_are_one", "verl's full_determinism", one_answer_for_all, "repeat another one"),
+    ("policy_collapses", "DeepSpeedExamples#297", policy_collapses, "entropy fell"),
+    ("kl_explodes", "trl#925, trl#1857", policy_collapses, "KL reached"),
+    ("answers_end_at_once", "DeepSpeedExamples#887", answers_end_at_once, "answers fell to"),
 ]
 SPECIMENS = [Specimen(name, source, inject, watched_run, sign) for name, source, inject, sign in ROWS]

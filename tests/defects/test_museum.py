@@ -1,20 +1,30 @@
 """The museum: defects that other stacks shipped, each put into our code, where a guard or a named truth must see it.
 
-A specimen patches a function of the package (`inject`) and names what sees it: `watched_run`, two iterations of a tiny
-policy optimization under all guards of the stage, or a truth of `truths.py`. The check passes on the code as it stands
-and fails on the spoiled one, with the message that the defect deserves. So no check is always red, none always green,
-and a guard that goes blind is noticed. Each specimen's source says who had the defect.
+A specimen patches a function of the package (`inject`) and names what sees it (`check`): `watched_run`, two iterations
+of a tiny policy optimization under all guards of the stage, or a named truth. The check passes on the code as
+it stands and fails on the spoiled code with the message (`sign`) that the defect deserves. So no check is always red,
+none is always green, and a guard that goes blind is noticed. `source` names who had the defect: project and file or
+thread, or "a slip" where none is known to us.
+
+To add one: a function that patches, and a row in a table: `specimens_rollout.py` (what the watch sees),
+`specimens_rewards.py`, `specimens_update.py`, or `specimens_host.py` (keys, order, resume, configuration).
 """
 
 import pytest
 import specimens_host
-import specimens_mathematics
+import specimens_rewards
 import specimens_rollout
+import specimens_update
 from harness import Patches
 
 from rlhf_jax.errors import UserError
 
-SPECIMENS = [*specimens_rollout.SPECIMENS, *specimens_mathematics.SPECIMENS, *specimens_host.SPECIMENS]
+SPECIMENS = [
+    *specimens_rollout.SPECIMENS,
+    *specimens_rewards.SPECIMENS,
+    *specimens_update.SPECIMENS,
+    *specimens_host.SPECIMENS,
+]
 
 
 @pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda specimen: specimen.name)

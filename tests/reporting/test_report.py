@@ -82,9 +82,9 @@ def test_every_stage_is_on_the_page(workdir):
 
 
 def test_several_ppo_stages_stand_in_one_plot_each_of_score_and_kl(tmp_path):
-    shown = {}
+    shown, rows = {}, [{name: x for name, x in row.items() if name != "iteration"} for row in PPO_ROWS]
     for names in (("ppo_1",), ("ppo_1", "ppo_2", "ppo_3")):
-        stages = {name: ("ppo", {}, [], PPO_ROWS) for name in names} | {"sft": ("sft", {}, [], SFT_ROWS)}
+        stages = {name: ("ppo", {}, [], rows) for name in names} | {"sft": ("sft", {}, [], SFT_ROWS)}
         workdir = write_workdir(tmp_path / str(len(names)), stages)
         aims = {"kl_controller": "adaptive", "kl_target": 1.375}
         config = {"stages": {name: {"kind": "ppo", **(aims if name != "ppo_2" else {})} for name in names}}
@@ -94,7 +94,7 @@ def test_several_ppo_stages_stand_in_one_plot_each_of_score_and_kl(tmp_path):
     card = shown[3][shown[3].index("<h2>Policy optimization, run by run</h2>") :]
     score, kl = re.findall(r"<figure.*?</figure>", card[: card.index("</section>")], re.DOTALL)
     for plot in (score, kl):
-        assert {"ppo_1", "ppo_2", "ppo_3", "iteration"} <= set(re.findall(r"<text[^>]*>(.*?)</text>", plot))
+        assert {"ppo_1", "ppo_2", "ppo_3", "step"} <= set(re.findall(r"<text[^>]*>(.*?)</text>", plot))
     assert "KL target 1.375" in kl and "KL target" not in score
     stage_plots = shown[3][shown[3].index("<h2>ppo_1</h2>") :].split("<h2>")
     assert ["KL target" in section for section in stage_plots[1:4]] == [True, False, True]
