@@ -9,7 +9,6 @@ from harness import Patches, Specimen
 
 from rlhf_jax.objectives import gae as right_gae
 from rlhf_jax.training import experience as experiences
-from rlhf_jax.training import ppo as updates
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
@@ -195,13 +194,6 @@ SPECIMENS = [
     ),
     Specimen(
         "means_over_padding", "trl#2496", mask_is_full(experiences), T.wider_padding_is_nothing, "padding changes"
-    ),
-    Specimen(
-        "ratios_over_padding",
-        "trl#2281",
-        mask_is_full(updates),
-        T.wider_padding_is_nothing_to_the_update,
-        "padding changes",
     ),
     Specimen(
         "groups_are_interleaved",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import truths_update as truths
 from harness import Patches, Specimen
+from specimens_rewards import mask_is_full
 
 from rlhf_jax.rollout import scoring
 from rlhf_jax.training import gradient as gradients
@@ -131,6 +132,13 @@ def score_on_the_pad(patch: Patches) -> None:
 
 T = truths
 SPECIMENS = [
+    Specimen(
+        "ratios_over_padding",
+        "trl#2281",
+        mask_is_full(updates),
+        T.wider_padding_is_nothing_to_the_update,
+        "padding changes",
+    ),
     Specimen(
         "loss_takes_the_smaller",
         "a slip: min for max",
