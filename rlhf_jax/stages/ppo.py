@@ -71,7 +71,8 @@ def preview(context: Context, tokenizer: Tokenizer) -> list[str]:
     config = context.config
     records = context.stream(config.data, config.schema, 3)
     if config.schema == "text":
-        rows = [list(tokenizer.encode_prompt(record["text"]))[: config.prefix_tokens[1]] for record in records]
+        longest = len(tokenizer.prefix) + config.prefix_tokens[1]
+        rows = [list(tokenizer.encode_prompt(record["text"]))[:longest] for record in records]
     else:
         rows = [prompt_ids(tokenizer, record["prompt"]) for record in records]
     return [show_example(tokenizer, Example(ids, [False] * len(ids))) for ids in rows]
