@@ -54,8 +54,9 @@ def on_mesh(spec, weights, mesh):
 
 
 def optimizer():
-    # Adam divides by |gradient| + eps: an eps above the gradients' rounding (1e-9) keeps it from becoming whole steps.
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b2=0.95, eps=1e-6, weight_decay=0.01))
+    # Adam divides by |gradient| + eps: an eps above the gradients' rounding (1e-9) keeps it from becoming whole steps,
+    # and small steps keep three of them from multiplying it.
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, b2=0.95, eps=1e-6, weight_decay=0.01))
 
 
 def place(rows, mesh):
@@ -103,10 +104,10 @@ def rollout_rows():
         "tokens": np.where(mask, draw.integers(3, 64, (ROWS, 10)), 0).astype(np.int32),
         "lengths": lengths,
         "logprobs": normal(-4.2, 0.2),
-        "ref_logprobs": normal(-4.2, 0.2),
         "values": normal(0.0, 0.3),
         "advantages": normal(0.0, 1.0),
         "returns": normal(0.0, 1.0),
+        "ref_logprobs": normal(-4.2, 0.2),
     }
 
 

@@ -50,6 +50,16 @@ def experience(full):
     return experience_of(full, roll(full))[0]
 
 
+def losses_of(config, policy, value=None):
+    """The jitted objective."""
+    return jax.jit(ppo_objective(config, policy, value))
+
+
+def gradient_of(config, policy, value=None):
+    """The jitted (params, frozen, batch) -> (gradient, metrics)."""
+    return jax.jit(plain_gradient(ppo_objective(config, policy, value)))
+
+
 # Scores.
 
 
@@ -108,7 +118,7 @@ def test_kl_in_the_loss_leaves_the_rewards_alone_and_adds_its_gradient(full, exp
     moved = experience.replace(ref_logprobs=experience.ref_logprobs - 0.3)
     losses = {}
     for name, coefficient in (("none", 0.0), ("some", 0.7)):
-        out = ppo_objective(config, full.spec, full.spec)(params, {**frozen, "kl_coef": coefficient}, moved)
+        out = losses_of(config, full.spec, full.spec)(params, {**frozen, "kl_coef": coefficient}, moved)
         losses[name] = np.float64(out.losses)
     mask = np.arange(COUNT) < np.asarray(moved.lengths)[:, None]
     penalty = np.where(mask, kl_estimate(moved.logprobs, moved.ref_logprobs, "k3"), 0).sum(1)
@@ -174,7 +184,7 @@ def test_the_weighting_says_what_an_answer_counts(full, experience, weighting):
     params, frozen = trainable_and_frozen(full)
     frozen = {**frozen, "kl_coef": 0.0}
     config = PPOConfig(loss_weighting=weighting, value_coef=0.0)
-    out = ppo_objective(config, full.spec, full.spec)(params, frozen, experience)
+    out = losses_of(config, full.spec, full.spec)(params, frozen, experience)
     mask = np.arange(COUNT) < np.asarray(experience.lengths)[:, None]
     token_losses = np.where(mask, -np.float64(experience.advantages), 0)  # at ratio 1
     expected = {
@@ -203,13 +213,13 @@ def test_a_sequence_ratio_is_one_number_an_answer(full, experience):
     by_token = PPOConfig(estimator="grpo", samples=2)
     by_sequence = dataclasses.replace(by_token, ratio="sequence")
     grads = [
-        plain_gradient(ppo_objective(config, full.spec, None))({"policy": params["policy"]}, frozen, flat)[0]
+        gradient_of(config, full.spec)({"policy": params["policy"]}, frozen, flat)[0]
         for config in (by_token, by_sequence)
     ]
     assert largest(*grads) < 1e-6 and largest(grads[0], jax.tree.map(jnp.zeros_like, grads[0])) > 1e-3
     off = flat.replace(logprobs=flat.logprobs - jnp.where(flat.logprobs != 0, 0.1 * jnp.arange(COUNT), 0.0))
     ratios = [
-        ppo_objective(config, full.spec, None)({"policy": params["policy"]}, frozen, off).metrics["val/ratio"]
+        losses_of(config, full.spec)({"policy": params["policy"]}, frozen, off).metrics["val/ratio"]
         for config in (by_token, by_sequence)
     ]
     mask = np.arange(COUNT) < np.asarray(off.lengths)[:, None]
@@ -223,7 +233,7 @@ def test_the_entropy_bonus_is_the_exact_entropy(full, experience):
     params, frozen = trainable_and_frozen(full)
     frozen = {**frozen, "kl_coef": 0.0}
     with_bonus, without = (
-        ppo_objective(PPOConfig(entropy_coef=c), full.spec, full.spec)(params, frozen, experience) for c in (0.5, 0.0)
+        losses_of(PPOConfig(entropy_coef=c), full.spec, full.spec)(params, frozen, experience) for c in (0.5, 0.0)
     )
     entropy = np.float64(with_bonus.metrics["loss/entropy"][0])
     np.testing.assert_allclose(
@@ -244,10 +254,10 @@ def test_a_shared_critic_reads_the_policys_own_states(full):
     assert float(metrics["objective/kl"]) == 0.0 and float(jnp.abs(values).max()) > 0.1
     params = {"policy": shared.weights["policy"]}
     frozen = {"policy": {}, "kl_coef": 0.0}
-    ours, _ = plain_gradient(ppo_objective(config, full.spec, None))(params, frozen, experience)
+    ours, _ = gradient_of(config, full.spec)(params, frozen, experience)
     apart = {"policy": {"base": params["policy"]["base"]}, "value": params["policy"]}
     separate = dataclasses.replace(config, critic="policy")
-    both, _ = plain_gradient(ppo_objective(separate, full.spec, full.spec))(
+    both, _ = gradient_of(separate, full.spec, full.spec)(
         apart, {"policy": {}, "value": {}, "kl_coef": 0.0}, experience
     )
     summed = jax.tree.map(jnp.add, both["policy"]["base"], both["value"]["base"])
@@ -278,8 +288,8 @@ def test_a_mixed_loss_adds_its_own_gradient(full, experience):
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), OPTIMIZER.init(params))
     state, metrics = update(state, frozen, experience, 0.0, jax.random.key(0), ptx)
     expected, losses = params, []
-    ppo = plain_gradient(ppo_objective(config, full.spec, full.spec))
-    language = plain_gradient(sft_objective(full.spec, 1))
+    ppo = gradient_of(config, full.spec, full.spec)
+    language = jax.jit(plain_gradient(sft_objective(full.spec, 1)))
     constants = {**frozen, "kl_coef": 0.0}
     for number, rows in enumerate(np.asarray(minibatch_rows(jax.random.key(0), ROWS, 1, 2))):
         grads, _ = ppo(expected, constants, jax.tree.map(lambda x, rows=rows: x[rows], experience))
@@ -304,9 +314,7 @@ def test_updates_end_before_the_step_that_passes_the_limit(full, experience):
     first_rows = np.asarray(minibatch_rows(jax.random.key(0), ROWS, 3, 2))[0]
     params, frozen = trainable_and_frozen(full)
     part = jax.tree.map(lambda x: x[first_rows], experience)
-    grads, _ = plain_gradient(ppo_objective(config, full.spec, full.spec))(
-        params, {**frozen, "kl_coef": config.kl_coef}, part
-    )
+    grads, _ = gradient_of(config, full.spec, full.spec)(params, {**frozen, "kl_coef": config.kl_coef}, part)
     assert largest(stopped, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) < 1e-6
     never, metrics = run_stopping(full, experience, loose)
     assert float(metrics["policy/updates"]) == 6 and largest(never, whole) < 1e-6

@@ -354,7 +354,8 @@ def test_one_step_that_scores_itself_is_scoring_and_then_stepping(full, critic):
     frozen = {role: {} for role in params}
     assert config.single
 
-    logprobs, entropy, values = answer_outputs(config, full.spec, value, params, rollout)
+    read_once = jax.jit(partial(answer_outputs, config, full.spec, value))
+    logprobs, entropy, values = read_once(params, rollout)
     read = RoleScores(logprobs, ref_logprobs, entropy, values)
     experience, metrics, controllers = make_experience(config, rollout, read, scores, init_controllers(config))
     copied = jax.tree.map(jnp.copy, params)
