@@ -265,25 +265,18 @@ def make_single_update(
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
     segments: int = 1,
-    pieces: int = 1,
 ):
     """The jitted `(state, frozen, rollout, ref_logprobs, scores, sources, ptx) -> (state, experience, metrics)`.
 
     For `config.single`: where a rollout is trained on once, in one step, old log-probabilities and values are those of
     the step's own forward pass, so policy and critic read the rollout once instead of twice. Gradient, metrics and new
     state are those of `make_experience` and `make_update`; the state is donated, its controllers are moved on.
-    The forward pass runs over `pieces` of the rows, one after the other: no memory is saved, but a CPU's caches are.
     """
     mix = _ptx_gradient(config, policy, segments)
 
     def loss(params: Any, frozen: Any, rollout: Rollout, ref_logprobs: Array, scores: Array, state: Any, sources: Any):
         weights = {role: {**frozen[role], **params[role]} for role in params}
-        parts = microbatches(rollout, pieces)
-        read = [
-            answer_outputs(config, policy, value, weights, jax.tree.map(lambda x, i=i: x[i], parts))
-            for i in range(pieces)
-        ]
-        outputs = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *read)
+        outputs = answer_outputs(config, policy, value, weights, rollout)
         logprobs, entropy, values = jax.lax.stop_gradient(outputs)
         read = RoleScores(logprobs, ref_logprobs, entropy, values)
         experience, figures, controllers = make_experience(config, rollout, read, scores, state.controllers, sources)
