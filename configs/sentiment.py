@@ -12,7 +12,7 @@ Base and classifier are made once. ppo_1, ppo_2 and ppo_3 share them and are thr
 keyed by (seed, stage name), so the three differ in every draw: order of prompts, sampled tokens, minibatches.
 report.html shows them in one plot.
 
-2 CPU cores, 30 min 28 s. Expected (seed 0): base 4.74 nats a token; classifier right on 69 % of 512 held-out beginnings;
+2 CPU cores, 30 min 28 s. Expected (seed 0): base 4.74 nats a token; classifier right on 69 % of held-out beginnings;
 held-out score of the three seeds -0.06 -> 0.78, 0.14 -> 0.68, 0.04 -> 0.70; KL over the last quarter of the iterations
 6.19, 5.71, 5.43 nats, its target 6.
 
