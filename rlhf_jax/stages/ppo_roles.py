@@ -107,13 +107,14 @@ def load_roles(context: Context, settings: PPOConfig, mesh: Mesh) -> Roles:
     judge = Judge(context, policy.tokenizer, mesh, parts=parts, stop_strings=bool(config.stop_strings))
     reference, value = policy.weights, None
     if settings.has_critic:
-        head = init_head(policy.spec.config.width, 0.0, key=context.key("value head"))
+        key = context.key("value head")
         if settings.shares_critic:
+            head = init_head(policy.spec.config.width, 0.0, key=key)
             policy.weights = {**policy.weights, "head": head}
         else:
             readers = [role for name, role in judge.roles.items() if not judge.foreign[name]]
             critic = readers[0] if readers and config.critic == "reward" else start
             value = continue_role(critic, context.lora(), config.compute, key=context.key("value adapters"))
-            head = init_head(value.spec.config.width, 0.0, key=context.key("value head"))
+            head = init_head(value.spec.config.width, 0.0, key=key)
             value.weights = {**value.weights, "head": head}
     return Roles(settings, policy, value, reference, judge)
