@@ -25,6 +25,24 @@ LARGEST_BLOCK = 512  # of the splash kernel: queries by keys, in VMEM
 RESIDUALS = "attention"  # the splash kernel's output and normalizer, for `jax.checkpoint` policies that save by name
 
 
+@jax.custom_vjp
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis; its backward pass keeps nothing but the result."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+def _softmax_forward(x: Array) -> tuple[Array, Array]:
+    probs = jax.nn.softmax(x, axis=-1)
+    return probs, probs
+
+
+def _softmax_backward(probs: Array, g: Array) -> tuple[Array]:
+    return (probs * (g - jnp.sum(g * probs, axis=-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 def attend(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: float = 0.0) -> Array:
     """Grouped-query attention, scores and softmax in float32.
 
@@ -44,7 +62,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array, *, scale: float, softcap: 
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEGATIVE), axis=-1).astype(q.dtype)
+    probs = softmax(jnp.where(mask[:, None, None], scores, NEGATIVE)).astype(q.dtype)
     out = jnp.einsum("bkgts,bskd->btkgd", probs, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(batch, length, heads, head_dim)
 

@@ -31,7 +31,9 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
     x, w = residuals
     rows = tuple(range(x.ndim - 1))
     dx = matmul(g, w.T)
-    dw = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    product = partial(lax.dot_general, dimension_numbers=((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    # The left side is copied transposed on a CPU: the narrower one. Without the barrier XLA turns the product back.
+    dw = product(x, g) if w.shape[0] <= w.shape[1] else lax.optimization_barrier(product(g, x)).T
     return dx, dw.astype(w.dtype)
 
 

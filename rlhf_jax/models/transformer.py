@@ -8,24 +8,20 @@ prepared once a rollout (`rollout.generate.prepare_weights`).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rlhf_jax.distributed.sharding import constrain
-from rlhf_jax.models import rotary
-from rlhf_jax.models.attention import NEGATIVE, RESIDUALS, current_platform, self_attention
+from rlhf_jax.models.attention import RESIDUALS, current_platform
+from rlhf_jax.models.cache import Attention, Cache, prefill_attention, step_attention, step_views, whole_attention
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.dense import project
 from rlhf_jax.models.leaves import Leaf, base_leaves
 
 Array = jax.Array
-# (q, k, v), each (B, T, its heads, head_dim) before rotary positions -> (B, T, heads, head_dim)
-Attention = Callable[[Array, Array, Array], Array]
-
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -41,37 +37,23 @@ REMAT: dict[str, Any] = {  # what the backward pass finds saved
 }
 
 
-class Cache(struct.PyTreeNode):
-    """Keys and values of past tokens, a tuple entry a layer, and which of the slots a row may attend to.
-
-    The next token goes to slot `index` of every row, whatever the rows' positions: a row of a right-padded batch has a
-    hole between its prompt and its answer, which `valid` masks. Keys are kept transposed, so that in a step of one
-    token both of attention's products run along contiguous memory.
-    """
-
-    keys: tuple[Array, ...]  # (B, kv_heads, head_dim, S) each
-    values: tuple[Array, ...]  # (B, kv_heads, S, head_dim) each
-    valid: Array  # (B, S) bool
-    positions: Array  # (B, S) int32: a slot's position in its row; read for sliding windows
-    index: Array  # () int32
-
-
-def empty_cache(config: TransformerConfig, valid: Array, positions: Array) -> Cache:
-    """A cache in the config's dtype with nothing written yet; valid and positions (B, S) say what its slots will be."""
-    rows, slots = valid.shape
-    keys = tuple(jnp.zeros((rows, config.kv_heads, config.head_dim, slots), config.dtype) for _ in range(config.layers))
-    values = tuple(jnp.zeros((rows, config.kv_heads, slots, config.head_dim), config.dtype) for _ in keys)
-    return Cache(keys, values, valid, positions, jnp.zeros((), jnp.int32))
+# For cheap work between products: the backward pass finds its inputs saved and nothing of what it holds on its way.
+recomputed = partial(jax.checkpoint, prevent_cse=False)
 
 
 def normalize(config: TransformerConfig, x: Array, scale: Array, bias: Array | None = None) -> Array:
     """RMS norm, or layer norm with a bias, over the last axis; statistics in float32."""
-    x32 = x.astype(jnp.float32)
-    if config.norm == "layer":
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_eps)
-    out = normed * (scale if config.norm_offset == 0.0 else scale.astype(jnp.float32) + config.norm_offset)
-    return (out if bias is None else out + bias).astype(x.dtype)
+
+    @recomputed
+    def normalized(x: Array, scale: Array, bias: Array | None) -> Array:
+        x32 = x.astype(jnp.float32)
+        if config.norm == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_eps)
+        out = normed * (scale if config.norm_offset == 0.0 else scale.astype(jnp.float32) + config.norm_offset)
+        return (out if bias is None else out + bias).astype(x.dtype)
+
+    return normalized(x, scale, bias)
 
 
 def block(
@@ -124,13 +106,13 @@ def block(
     def fed_forward(h: Array) -> Array:
         act = ACTIVATIONS[config.activation]
         if not config.gated:
-            inner = act(projection("up", h))
-        elif "gate_up" in params:
-            gate, up = jnp.split(projection("gate_up", h), 2, axis=-1)
-            inner = act(gate) * up
+            out = recomputed(lambda up: projection("down", act(up)))(projection("up", h))
         else:
-            inner = act(projection("gate", h)) * projection("up", h)
-        out = projection("down", inner)
+            if "gate_up" in params:
+                gate, up = jnp.split(projection("gate_up", h), 2, axis=-1)
+            else:
+                gate, up = projection("gate", h), projection("up", h)
+            out = recomputed(lambda gate, up: projection("down", act(gate) * up))(gate, up)
         return norm("post_ffn_norm", out) if config.post_norms else out
 
     seen = attended(norm("attention_norm", x))
@@ -144,106 +126,6 @@ def block(
 def at_positions(x: Array, keep: Array | None) -> Array:
     """x (B, T, D) at the positions `keep` (B, N) of each row: (B, N, D); all of x without `keep`."""
     return x if keep is None else jnp.take_along_axis(x, keep[:, :, None], axis=1)
-
-
-def _attend_whole(
-    config: TransformerConfig, q: Array, k: Array, v: Array, segment_ids: Array | None, window: int
-) -> Array:
-    """Attention of all tokens of a row to those before them; queries and keys are at their positions."""
-    return self_attention(
-        q,
-        k,
-        v,
-        scale=config.scale,
-        softcap=config.attention_softcap,
-        window=window,
-        segment_ids=segment_ids,
-        implementation=config.attention,
-    )
-
-
-def _whole_attention(
-    config: TransformerConfig, positions: Array, segment_ids: Array | None, window: int
-) -> Callable[[Array, Array, Array], Array]:
-    """Attention of whole rows, in a layer with `window`."""
-    turn = rotary.table(config, positions, windowed=window > 0)
-
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        return _attend_whole(config, rotary.rotate(q, turn), rotary.rotate(k, turn), v, segment_ids, window)
-
-    return attention
-
-
-def _written(
-    config: TransformerConfig, cache: Cache, layer: int, k: Array, v: Array, at: Array | int
-) -> tuple[Array, Array]:
-    """A layer's keys and values with those of new tokens, (B, T, kv_heads, head_dim), in the slots from `at` on."""
-    keys, values = jnp.moveaxis(k, 1, 3).astype(config.dtype), jnp.moveaxis(v, 1, 2).astype(config.dtype)
-    return (
-        jax.lax.dynamic_update_slice(cache.keys[layer], keys, (0, 0, 0, at)),
-        jax.lax.dynamic_update_slice(cache.values[layer], values, (0, 0, at, 0)),
-    )
-
-
-class _View(NamedTuple):
-    """How the newest token of each row looks at the cache in the layers of one window."""
-
-    turn: rotary.Table | None
-    seen: Array  # (B, S) bool
-
-
-def _step_views(config: TransformerConfig, positions: Array, cache: Cache) -> dict[int, _View]:
-    """The view of every window. Positions are below S.
-
-    Cosines are looked up in a table of all S positions, which the compiler makes once, before the token loop. Taken of
-    `positions` they would be fused into every layer, and computed there once for every query head.
-    """
-    slots = jnp.arange(cache.valid.shape[1])
-    written = cache.valid & (slots <= cache.index)
-    views = {}
-    for window in {config.window(i) for i in range(config.layers)}:
-        whole = rotary.table(config, slots[None], windowed=window > 0)
-        turn = jax.tree.map(lambda x: jnp.take(x[0], positions, axis=0), whole)
-        seen = written & (positions - cache.positions < window) if window else written
-        views[window] = _View(turn, seen)
-    return views
-
-
-def _step_attention(
-    config: TransformerConfig, view: _View, cache: Cache, layer: int, written: list[tuple[Array, Array]]
-) -> Attention:
-    """Attention of one new token to the cache, which gets its key and value; they are appended to `written`."""
-    turn, seen = view
-
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        q, k = rotary.rotate(q, turn), rotary.rotate(k, turn)
-        keys, values = _written(config, cache, layer, k, v, cache.index)
-        written.append((keys, values))
-        batch, _, heads, head_dim = q.shape
-        grouped = (q * config.scale).reshape(batch, config.kv_heads, heads // config.kv_heads, head_dim)
-        scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-        if config.attention_softcap:
-            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-        probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, NEGATIVE), axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgs,bksd->bkgd", probs, values, preferred_element_type=jnp.float32)
-        return out.astype(q.dtype).reshape(batch, 1, heads, head_dim)
-
-    return attention
-
-
-def _prefill_attention(
-    config: TransformerConfig, positions: Array, cache: Cache, layer: int, written: list[tuple[Array, Array]]
-) -> Attention:
-    """Attention of a prompt to itself; its keys and values fill the first slots of the empty cache."""
-    window = config.window(layer)
-    turn = rotary.table(config, positions, windowed=window > 0)
-
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        q, k = rotary.rotate(q, turn), rotary.rotate(k, turn)
-        written.append(_written(config, cache, layer, k, v, 0))
-        return _attend_whole(config, q, k, v, None, window)
-
-    return attention
 
 
 def _parameter(module: nn.Module, name: str, leaf: Leaf, dtype: str) -> Array:
@@ -342,7 +224,7 @@ class Transformer(nn.Module):
         """
         c = self.config
         windows = sorted({c.window(i) for i in range(c.layers)})
-        kinds = [_whole_attention(c, positions, segment_ids, window) for window in windows]
+        kinds = [whole_attention(c, positions, segment_ids, window) for window in windows]
         kind_of = jnp.asarray([windows.index(c.window(i)) for i in range(c.layers)], jnp.int32)
 
         def layer(x: Array, leaves: Any) -> tuple[Array, None]:
@@ -376,16 +258,16 @@ class Transformer(nn.Module):
         c, length = self.config, x.shape[1]
         stacked = {} if prepared is not None else self.layers()
         written: list[tuple[Array, Array]] = []
-        views = _step_views(c, positions, cache) if cache is not None and length == 1 else {}
+        views = step_views(c, positions, cache) if cache is not None and length == 1 else {}
         for i in range(c.layers):
             params = prepared["layers"][i] if prepared is not None else {k: v[i] for k, v in stacked.items()}
             here = None if adapters is None else jax.tree.map(lambda leaf, i=i: leaf[i], _layers_first(adapters))
             if cache is None:
-                attention = _whole_attention(c, positions, segment_ids, c.window(i))
+                attention = whole_attention(c, positions, segment_ids, c.window(i))
             elif length > 1:
-                attention = _prefill_attention(c, positions, cache, i, written)
+                attention = prefill_attention(c, positions, cache, i, written)
             else:
-                attention = _step_attention(c, views[c.window(i)], cache, i, written)
+                attention = step_attention(c, views[c.window(i)], cache, i, written)
             x = block(c, params, here, x, attention, keep if i == c.layers - 1 else None)
         if cache is not None:
             keys, values = zip(*written, strict=True)

@@ -9,10 +9,11 @@ from flax import struct
 
 from rlhf_jax.distributed.sharding import ROLLOUT, constrain, tree_shardings
 from rlhf_jax.models import lora
+from rlhf_jax.models.cache import Cache, empty_cache
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.quantized import dequantized
 from rlhf_jax.models.roles import base_axes
-from rlhf_jax.models.transformer import Cache, Transformer, empty_cache, output_kernel, output_logits
+from rlhf_jax.models.transformer import Transformer, output_kernel, output_logits
 from rlhf_jax.rollout.sampling import Sampling, draw, row_keys, sample_keys
 
 Array = jax.Array
