@@ -1,4 +1,4 @@
-"""Data order as a function of (seed, step): no cursor, no seek, nothing to save."""
+"""Data order as a function of (seed, step): no cursor, no seek, nothing to save; and all records once, in batches."""
 
 import grain
 import numpy as np
@@ -18,3 +18,8 @@ class DataOrder:
     def epochs(self, step: int, size: int) -> np.ndarray:
         """The epoch (size,) int64 each of those records is read in."""
         return np.arange(step * size, (step + 1) * size) // self.records
+
+
+def in_batches(records: int, size: int, fill: int = -1) -> np.ndarray:
+    """Record numbers (batches, size) int64 of all records once, in order; the last batch is filled up with `fill`."""
+    return np.concatenate([np.arange(records), np.full(-records % size, fill)]).reshape(-1, size)

@@ -1,7 +1,9 @@
-"""Confidence intervals of a share and of the difference of two shares, sound at small counts and at 0 % and 100 %."""
+"""Confidence intervals: of a mean; and of a share and the difference of two, sound at small counts, 0 % and 100 %."""
 
 import math
 from statistics import NormalDist
+
+import numpy as np
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -67,3 +69,22 @@ def newcombe_difference(k1: int, n1: int, k2: int, n2: int, confidence: float = 
     low = difference - math.hypot(share1 - low1, high2 - share2)
     high = difference + math.hypot(high1 - share1, share2 - low2)
     return difference, low, high
+
+
+def mean_interval(name: str, x: np.ndarray) -> dict[str, float]:
+    """The mean of independent values with its 95 % interval, as figures: normal approximation, for some 30 values on.
+
+        mean -+ 1.96 s / sqrt(n),  s^2 = sum_i (x_i - mean)^2 / (n - 1)
+
+    Args:
+        name: the figure's name.
+        x: (n,) values, one a record or prompt.
+
+    Returns:
+        {name, name + "_low", name + "_high"}; a single value has no interval, and is given alone.
+    """
+    mean = float(x.mean())
+    if len(x) < 2:
+        return {name: mean}
+    half = float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
+    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}

@@ -42,43 +42,54 @@ class Section:
     samples: list[dict] = field(default_factory=list)
 
 
-_ACCURACY = {"accuracy/train": "training", "accuracy/eval": "held-out"}
-_LOSS = {"loss/train": "training", "loss/eval": "held-out"}
+def _single(metric: str, y_label: str, caption: str) -> Curve:
+    return Curve({metric: y_label}, y_label, caption)
+
+
+def _held_out(training: str, held_out: str, y_label: str, caption: str, what: str = "") -> Curve:
+    return Curve({training: f"training{what}", held_out: f"held-out{what}"}, y_label, caption)
+
+
+_LOSS, _ACCURACY = ("loss/train", "loss/eval"), ("accuracy/train", "accuracy/eval")
+_SCORE = "reward model score", "Score of sampled completions, before the KL penalty."
+_KL = "KL (nats per sequence)"
 _OPTIMIZER = (
-    Curve({"optimizer/gradient_norm": "norm"}, "gradient norm", "Global norm of the gradient, before clipping."),
-    Curve({"optimizer/learning_rate": "rate"}, "learning rate", "Learning rate of the optimizer."),
-    Curve({"perf/tokens_per_second": "speed"}, "tokens per second", "Training throughput over all devices."),
-    Curve({"perf/mfu": "MFU"}, "share of peak FLOP/s", "Model FLOP/s utilization."),
+    _single("optimizer/gradient_norm", "gradient norm", "Global norm of the gradient, before clipping."),
+    _single("optimizer/learning_rate", "learning rate", "Learning rate of the optimizer."),
+    _single("perf/tokens_per_second", "tokens per second", "Training throughput over all devices."),
+    _single("perf/mfu", "share of peak FLOP/s", "Model FLOP/s utilization."),
 )
 CURVES = {
     "sft": (
-        Curve(_LOSS, "loss (nats per token)", "Cross-entropy of the completion tokens."),
-        Curve(_ACCURACY, "share of tokens", "Accuracy: tokens whose most likely prediction is right."),
+        _held_out(*_LOSS, "loss (nats per token)", "Cross-entropy of the completion tokens."),
+        _held_out(*_ACCURACY, "share of tokens", "Accuracy: tokens whose most likely prediction is right."),
         *_OPTIMIZER,
     ),
     "reward": (
-        Curve(
-            _LOSS,
+        _held_out(
+            *_LOSS,
             "loss (nats)",
             "Bradley-Terry loss of a chosen and a rejected completion, or logistic loss of a labelled text; chance is "
             "ln 2 = 0.693.",
         ),
-        Curve(
-            _ACCURACY,
+        _held_out(
+            *_ACCURACY,
             "share right",
             "Accuracy: pairs in which the chosen completion scores higher, or texts scored on their label's side.",
         ),
         *_OPTIMIZER,
     ),
     "preference": (
-        Curve(_LOSS, "loss (per record)", "The preference loss; a DPO policy at its reference has ln 2 = 0.693."),
-        Curve(
-            {"rewards/margins": "training", "eval/rewards/margins": "held-out"},
+        _held_out(*_LOSS, "loss (per record)", "The preference loss; a DPO policy at its reference has ln 2 = 0.693."),
+        _held_out(
+            "rewards/margins",
+            "eval/rewards/margins",
             "reward margin",
             "Implicit reward of chosen (desirable) answers minus that of rejected (undesirable) ones.",
         ),
-        Curve(
-            {"rewards/accuracies": "training", "accuracy/eval": "held-out"},
+        _held_out(
+            "rewards/accuracies",
+            "accuracy/eval",
             "share of records",
             "Accuracy: pairs whose chosen answer has the larger implicit reward; of KTO answers on their label's side.",
         ),
@@ -90,42 +101,32 @@ CURVES = {
         *_OPTIMIZER,
     ),
     "ppo": (
-        Curve(
-            {"objective/scores": "training prompts", "eval/score": "held-out prompts"},
-            "reward model score",
-            "Score of sampled completions, before the KL penalty.",
-        ),
-        Curve(
-            {"objective/kl": "training prompts", "eval/kl": "held-out prompts"},
-            "KL (nats per sequence)",
+        _held_out("objective/scores", "eval/score", *_SCORE, what=" prompts"),
+        _held_out(
+            "objective/kl",
+            "eval/kl",
+            _KL,
             "KL divergence of the policy from the frozen reference, summed over the completion.",
+            what=" prompts",
         ),
-        Curve(
-            {"objective/rlhf_reward": "reward"},
-            "score minus KL penalty",
-            "The objective that PPO maximizes, per sequence.",
-        ),
-        Curve(
-            {"objective/kl_coef": "coefficient"}, "KL coefficient", "What a nat of KL costs; a controller may move it."
-        ),
-        Curve({"objective/entropy": "entropy"}, "entropy (nats)", "Entropy of the policy."),
+        _single("objective/rlhf_reward", "score minus KL penalty", "The objective that PPO maximizes, per sequence."),
+        _single("objective/kl_coef", "KL coefficient", "What a nat of KL costs; a controller may move it."),
+        _single("objective/entropy", "entropy (nats)", "Entropy of the policy."),
         Curve({"loss/policy": "policy", "loss/value": "value"}, "loss", "Losses of the policy and of the value head."),
-        Curve({"policy/approxkl": "KL"}, "approximate KL (nats)", "KL of each update from the policy that sampled."),
-        Curve({"policy/clipfrac": "share"}, "share of tokens clipped", "Tokens whose probability ratio was clipped."),
-        Curve(
-            {"val/ratio": "ratio"}, "probability ratio", "Mean ratio of new to sampling probability; 1 at the start."
-        ),
-        Curve({"response_length": "length"}, "tokens", "Mean length of the sampled completions."),
-        Curve({"val/num_eos_tokens": "ended"}, "completions", "Completions a batch that ended by themselves."),
+        _single("policy/approxkl", "approximate KL (nats)", "KL of each update from the policy that sampled."),
+        _single("policy/clipfrac", "share of tokens clipped", "Tokens whose probability ratio was clipped."),
+        _single("val/ratio", "probability ratio", "Mean ratio of new to sampling probability; 1 at the start."),
+        _single("response_length", "tokens", "Mean length of the sampled completions."),
+        _single("val/num_eos_tokens", "completions", "Completions a batch that ended by themselves."),
     ),
 }
 
 
 TOGETHER = (  # of several ppo stages, a line each
-    Curve({"objective/scores": "score"}, "reward model score", "Score of sampled completions, before the KL penalty."),
-    Curve(
-        {"objective/kl": "KL"},
-        "KL (nats per sequence)",
+    _single("objective/scores", *_SCORE),
+    _single(
+        "objective/kl",
+        _KL,
         "KL divergence from the frozen reference, summed over the completion; dashed: what the controller aims at.",
     ),
 )

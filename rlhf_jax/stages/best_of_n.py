@@ -20,20 +20,19 @@ from tqdm import tqdm
 from rlhf_jax.config import is_folder
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record, Text
-from rlhf_jax.data.stops import stop_table as make_stop_table
 from rlhf_jax.distributed.processes import barrier, is_main_process
-from rlhf_jax.distributed.sharding import fetch, replicated
+from rlhf_jax.distributed.sharding import fetch
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import best_of_n_estimate, best_of_n_kl
+from rlhf_jax.evaluation import best_of_n_estimate, best_of_n_kl, mean_interval
 from rlhf_jax.models.roles import merged_base
-from rlhf_jax.rollout import Rollout, Sampling, generate
+from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.reencode import answer_text
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judges import Judge, Pending, check_sources
 from rlhf_jax.stages.plan import tokenizer_of
-from rlhf_jax.stages.prompts import Prompts
+from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
 from rlhf_jax.training.artifacts import Role, is_reward_checkpoint
-from rlhf_jax.training.experience import PPOConfig, end_penalized
+from rlhf_jax.training.experience import end_penalized
 from rlhf_jax.training.loop import Stopped, stop_requested
 
 SHOWN = 4  # prompts whose answers the report shows
@@ -48,9 +47,7 @@ def check(context: Context) -> None:
     subject = config.subject
     if is_folder(context.experiment.stages, subject) and is_reward_checkpoint(Path(subject).expanduser()):
         raise UserError(f"stages.{context.name}.subject: {subject} is a reward model: give a language model")
-    tokenizer = tokenizer_of(context, subject)
-    if config.stop_strings and tokenizer is not None:
-        make_stop_table(tokenizer, config.stop_strings)
+    check_stop_strings(context, tokenizer_of(context, subject))
     context.check_data(config.schema)
 
 
@@ -99,7 +96,8 @@ def _answer_all(context: Context, role: Role, prompts: Prompts, mesh: Mesh) -> l
     batches = [order[start : start + each] for start in range(0, len(order), each)]
     done = _finished(path, [len(batch) for batch in batches])
     judge = Judge(context, role.tokenizer, mesh, parts=1, stop_strings=bool(config.stop_strings))
-    sample = _sampler(context, role, prompts, mesh)
+    sample, key = make_sampler(context, role, mesh), context.key("answers")
+    base = jax.jit(lambda weights: merged_base(role.spec, weights))(role.weights)
     started: list[tuple[np.ndarray, Rollout, Pending]] = []
 
     def finish() -> None:
@@ -117,7 +115,7 @@ def _answer_all(context: Context, role: Role, prompts: Prompts, mesh: Mesh) -> l
     with bar:
         for batch in batches[done:]:
             full = np.concatenate([batch, np.full(each - len(batch), batch[0])])
-            rollout = sample(full)
+            rollout = sample(base, prompts.place(full, np.zeros(each, int), mesh), key, config.samples)
             records = [prompts.records[i] for i in full for _ in range(config.samples)]
             started.append((batch, rollout, judge.begin(rollout, records)))
             if len(started) > 1:
@@ -132,43 +130,13 @@ def _answer_all(context: Context, role: Role, prompts: Prompts, mesh: Mesh) -> l
     return sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["prompt"])
 
 
-def _sampler(context: Context, role: Role, prompts: Prompts, mesh: Mesh) -> Any:
-    """The function (numbers of prompts) -> `Rollout` of `samples` answers to each."""
-    config, key = context.config, context.key("answers")
-    sampling = Sampling(
-        config.max_new_tokens, config.temperature, config.top_k, config.top_p, stop_ids=role.tokenizer.stop_ids
-    )
-    base = jax.jit(lambda weights: merged_base(role.spec, weights))(role.weights)
-    table = None
-    if config.stop_strings:
-        table = make_stop_table(role.tokenizer, config.stop_strings, role.spec.config.vocab_size)
-        table = jax.device_put(table, replicated(mesh))
-
-    def sample(numbers: np.ndarray) -> Rollout:
-        batch = prompts.place(numbers, np.zeros(len(numbers), int), mesh)
-        return generate(
-            role.spec.config,
-            base,
-            batch["prompts"],
-            batch["lengths"],
-            key=key,
-            sampling=sampling,
-            row_ids=batch["row_ids"],
-            samples=config.samples,
-            stop_table=table,
-        )
-
-    return sample
-
-
 def _scored(
     context: Context, role: Role, judge: Judge, numbers: np.ndarray, rollout: Rollout, pending: Pending
 ) -> list[dict[str, Any]]:
     """The rows of `answers.jsonl` of one batch: for each prompt its answers' texts, scores and ends."""
     config = context.config
     raw, sources = judge.finish([pending])
-    settings = PPOConfig(missing_end=config.missing_end, missing_end_penalty=config.missing_end_penalty)
-    scores = end_penalized(raw, rollout.ended, settings)
+    scores = end_penalized(raw, rollout.ended, config.missing_end, config.missing_end_penalty)
     fields = fetch((rollout.tokens, rollout.lengths, rollout.ended, scores, sources))
     tokens, lengths, ended, scores, sources = fields
     for name, column in sources.items():
@@ -250,7 +218,8 @@ def _score_figures(rows: list[dict[str, Any]], samples: int) -> dict[str, Any]:
     numbers = [1 << power for power in range((samples - 1).bit_length())] + [samples]
     curve = []
     for n in numbers:
-        point = {"n": n, "kl_bound": float(best_of_n_kl(n)), **_mean("score", best_of_n_estimate(scores, scores, n))}
+        estimates = best_of_n_estimate(scores, scores, n)
+        point = {"n": n, "kl_bound": float(best_of_n_kl(n)), **mean_interval("score", estimates)}
         for name in sources:
             column = np.asarray([row[name] for row in rows])
             point[name] = float(best_of_n_estimate(scores, column, n).mean())
@@ -261,12 +230,3 @@ def _score_figures(rows: list[dict[str, Any]], samples: int) -> dict[str, Any]:
 
     ends = {**named("score", curve[0]), **named("best_score", curve[-1])}
     return {**ends, "kl_bound": curve[-1]["kl_bound"], "curve": curve}
-
-
-def _mean(name: str, x: np.ndarray) -> dict[str, float]:
-    """The mean over prompts with its 95 % interval, which one prompt does not have."""
-    mean = float(x.mean())
-    if len(x) < 2:
-        return {name: mean}
-    half = float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
-    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}

@@ -15,12 +15,11 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.examples import Example, prompt_ids, show_example
 from rlhf_jax.data.order import DataOrder
-from rlhf_jax.data.stops import stop_table as make_stop_table
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.distributed.sharding import batch_sharding, replicated
+from rlhf_jax.distributed.sharding import batch_sharding
 from rlhf_jax.models.roles import Weights, scaled_adapters, weight_axes
 from rlhf_jax.objectives import kl_gradient
-from rlhf_jax.rollout import Rollout, Sampling, generate
+from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.batches import narrowest
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judges import check_sources
@@ -28,7 +27,7 @@ from rlhf_jax.stages.packed import PackedData
 from rlhf_jax.stages.plan import tokenizer_of
 from rlhf_jax.stages.ppo_evaluation import make_evaluation
 from rlhf_jax.stages.ppo_roles import Roles, load_roles
-from rlhf_jax.stages.prompts import Prompts
+from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import describe_memory, save_role
 from rlhf_jax.training.experience import PPOConfig, init_controllers, make_experience
@@ -60,9 +59,7 @@ def check(context: Context) -> None:
     context.check_rows("batch_size / (samples * rollout_parts)", prompts)
     context.check_folders()
     check_sources(context)
-    tokenizer = tokenizer_of(context, config.init)
-    if config.stop_strings and tokenizer is not None:
-        make_stop_table(tokenizer, config.stop_strings)
+    check_stop_strings(context, tokenizer_of(context, config.init))
     context.check_data(config.schema)
 
 
@@ -106,7 +103,6 @@ def run(context: Context) -> dict[str, Any]:
         controllers = init_controllers(settings)
         shardings = state_shardings(roles.trainable, axes, optimizer, mesh, controllers)
         state = init_state(roles.trainable, axes, optimizer, mesh, controllers)
-        learn = _learner(context, roles, mixed, optimizer, shardings)
         memory = roles.memory(state.params, state.opt_state)
         context.progress(describe_memory(memory))
         sample = _sampler(context, roles, mesh)
@@ -115,14 +111,7 @@ def run(context: Context) -> dict[str, Any]:
             context.name, settings, context.experiment.checks, spec.config.dtype, config.kl_limit, context.progress
         )
         watch.remember(_first_figures(context))
-
-        def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
-            acting = roles.acting(state.params)
-            rollout, pending = roll_out(acting["policy"], iteration)
-            state, experience, scores, metrics = learn(state, acting, rollout, pending, iteration)
-            watch.inspect(rollout, scores, experience, bool(config.stop_strings))
-            return state, metrics
-
+        learn = _learner(context, roles, mixed, optimizer, shardings)
         evaluate = None
         if config.evaluation.data:
             data = config.evaluation.data, config.evaluation.records
@@ -135,7 +124,7 @@ def run(context: Context) -> dict[str, Any]:
         params, summary = train(
             context,
             state,
-            advance,
+            _iteration(context, roles, roll_out, learn, watch),
             evaluate,
             iterations=config.iterations,
             steps_each=steps_each,
@@ -171,27 +160,12 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _sampler(context: Context, roles: Roles, mesh: Mesh) -> Sample:
-    config, policy = context.config, roles.policy
-    sampling = Sampling(config.max_new_tokens, config.temperature, stop_ids=policy.tokenizer.stop_ids)
-    scale = jax.jit(lambda weights: scaled_adapters(policy.spec, weights))
-    stop_table = None
-    if config.stop_strings:
-        table = make_stop_table(policy.tokenizer, config.stop_strings, policy.spec.config.vocab_size)
-        stop_table = jax.device_put(table, replicated(mesh))
+    decode = make_sampler(context, roles.policy, mesh)
+    scale = jax.jit(lambda weights: scaled_adapters(roles.policy.spec, weights))
 
     def sample(weights: Weights, batch: dict[str, jax.Array], key: jax.Array, samples: int = 1) -> Rollout:
-        return generate(
-            policy.spec.config,
-            weights["base"],
-            batch["prompts"],
-            batch["lengths"],
-            key=key,
-            sampling=sampling,
-            row_ids=batch["row_ids"],
-            adapters=scale({name: part for name, part in weights.items() if name != "head"}),
-            samples=samples,
-            stop_table=stop_table,
-        )
+        adapters = scale({name: part for name, part in weights.items() if name != "head"})
+        return decode(weights["base"], batch, key, samples, adapters)
 
     return sample
 
@@ -257,6 +231,19 @@ def _learner(context: Context, roles: Roles, mixed: "_Mixed | None", optimizer: 
         return state, experience, scores, metrics | updates
 
     return learn
+
+
+def _iteration(context: Context, roles: Roles, roll_out: Any, learn: Any, watch: Watch):
+    """The function (state, iteration) -> (state, metrics): a rollout, its scores, and the updates made of them."""
+
+    def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
+        acting = roles.acting(state.params)
+        rollout, pending = roll_out(acting["policy"], iteration)
+        state, experience, scores, metrics = learn(state, acting, rollout, pending, iteration)
+        watch.inspect(rollout, scores, experience, bool(context.config.stop_strings))
+        return state, metrics
+
+    return advance
 
 
 class _Mixed:

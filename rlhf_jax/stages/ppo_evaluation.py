@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.data.order import in_batches
 from rlhf_jax.distributed.sharding import fetch
+from rlhf_jax.evaluation import mean_interval
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.ppo_roles import Roles
 from rlhf_jax.stages.prompts import Prompts
@@ -27,7 +29,7 @@ def make_evaluation(
     policy, settings = roles.policy, roles.settings
     size = config.batch_size
     count = len(held_out) if len(held_out) < size else len(held_out) // size * size
-    numbers = np.concatenate([np.arange(count), np.zeros(-count % size, int)]).reshape(-1, size)
+    numbers = in_batches(count, size, fill=0)
     batches = [held_out.place(rows, np.zeros(size, int), mesh) for rows in numbers]
     parts = config.minibatches * config.accumulation
     path = context.folder / "evaluation.json"
@@ -42,7 +44,7 @@ def make_evaluation(
             ref_logprobs, _ = score_logprobs(policy.spec, reference, rollout, parts)
             scores, _ = roles.judge.finish([roles.judge.begin(rollout, [held_out.records[row] for row in rows])])
             fields = {
-                "score": end_penalized(scores, rollout.ended, settings),
+                "score": end_penalized(scores, rollout.ended, settings.missing_end, settings.missing_end_penalty),
                 "kl": (logprobs - ref_logprobs).sum(-1),
                 "ended": rollout.ended,
                 "tokens": rollout.tokens,
@@ -51,10 +53,6 @@ def make_evaluation(
             for name, x in fetch(fields).items():
                 columns.setdefault(name, []).append(x)
         return {name: np.concatenate(parts)[:count] for name, parts in columns.items()}
-
-    def mean_interval(name: str, x: np.ndarray) -> dict[str, float]:
-        half = 1.96 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else float("nan")
-        return {name: float(x.mean()), f"{name}_low": float(x.mean() - half), f"{name}_high": float(x.mean() + half)}
 
     start: dict[str, np.ndarray] = {}
 

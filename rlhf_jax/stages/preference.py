@@ -5,7 +5,6 @@ weights are let go; or in every step.
 """
 
 import json
-import math
 from functools import partial
 from typing import Any
 
@@ -15,16 +14,15 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import is_folder
 from rlhf_jax.data.examples import completion_example, prompt_ids, show_example
-from rlhf_jax.data.order import DataOrder
+from rlhf_jax.data.order import DataOrder, in_batches
 from rlhf_jax.data.pairs import Rows, answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.intervals import wilson
-from rlhf_jax.models.roles import RoleSpec, split, training_passes, weight_axes
+from rlhf_jax.models.roles import RoleSpec, training_passes
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.train import train
+from rlhf_jax.stages.train import accuracy_figures, prepare, steps_of, train
 from rlhf_jax.training.artifacts import (
     Role,
     continue_role,
@@ -44,7 +42,7 @@ from rlhf_jax.training.preference import (
     with_margins,
 )
 from rlhf_jax.training.randomness import order_seed
-from rlhf_jax.training.state import fingerprint, init_state, make_optimizer, make_step, state_shardings
+from rlhf_jax.training.state import fingerprint
 
 KEPT = ("desirable", "reference")  # what a record may hold beside its rows
 EVALUATED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -121,12 +119,6 @@ def _place(data: Rows, rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
     return place_batch(len(rows), load, mesh)
 
 
-def _in_batches(data: Rows, size: int) -> np.ndarray:
-    """Row numbers (batches, size) of all records in order, padded with -1."""
-    count = len(data["lengths"])
-    return np.concatenate([np.arange(count), np.full(-count % size, -1)]).reshape(-1, size)
-
-
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
@@ -161,9 +153,9 @@ def _load_reference(context: Context, start: Role, mesh: Mesh) -> Role:
 def _score_reference(context: Context, reference: Role, data: Rows, mesh: Mesh) -> np.ndarray:
     """The reference's log-probability of every row's answer: (n, 2) float32, at the shape of a microbatch."""
     score = jax.jit(partial(summed_logprobs, reference.spec))
-    batches = _in_batches(data, context.config.batch_size // context.config.accumulation)
-    parts = [score(reference.weights, _place(data, rows, mesh)) for rows in batches]
-    return np.concatenate([fetch(part) for part in parts])[: len(data["lengths"])]
+    count, size = len(data["lengths"]), context.config.batch_size // context.config.accumulation
+    parts = [score(reference.weights, _place(data, rows, mesh)) for rows in in_batches(count, size)]
+    return np.concatenate([fetch(part) for part in parts])[:count]
 
 
 def _precompute_reference(context: Context, start: Role, parts: dict[str, Rows], mesh: Mesh) -> None:
@@ -228,7 +220,7 @@ def run(context: Context) -> dict[str, Any]:
             parts["evaluation"] = _make_rows(context, role, config.evaluation.data, "evaluation")
         records, noun = len(training["lengths"]), "answers" if settings.loss == "kto" else "pairs"
         order = DataOrder(records, order_seed(context.seed, context.name))
-        steps = max(1, math.ceil(config.epochs * records / config.batch_size))
+        steps = steps_of(config, records)
         context.progress(
             f"{records} {noun} ({int(training['dropped'])} dropped: equal answers, or too long), {steps} steps"
         )
@@ -241,20 +233,15 @@ def run(context: Context) -> dict[str, Any]:
                 reference = _load_reference(context, role, mesh)
 
         # --- step ------------------------------------------------------------------------------------------------
-        trainable, fixed = split(role.spec, role.weights)
-        count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-        axes = weight_axes(role.spec, trainable)
-        optimizer = make_optimizer(config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
         reference_spec = reference.spec if reference else None
         gradient = preference_gradient(settings, role.spec, reference_spec, config.accumulation)
-        step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
-        state = init_state(trainable, axes, optimizer, mesh)
+        state, fixed, step = prepare(context, role, gradient, steps, mesh)
         frozen = {"policy": fixed, "reference": reference.weights if reference else {}}
         roles = {"policy": {**state.params, **fixed}} | ({"reference": frozen["reference"]} if reference else {})
         memory = role_memory(roles)
         context.progress(describe_memory(memory))
         # The state is a copy: what policy and reference do not read goes.
-        role.weights, trainable, roles, reference = fixed, {}, {}, None
+        role.weights, roles, reference = fixed, {}, None
         context.bases.clear()
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
@@ -284,12 +271,17 @@ def run(context: Context) -> dict[str, Any]:
         noun: records,
         "dropped": int(training["dropped"]),
         "skipped": int(training["skipped"]),
-        "trainable_parameters": count,
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "steps": steps,
         "loss": settings.loss,
     }
     if config.evaluation.data:
-        figures |= _evaluation_figures(len(parts["evaluation"]["lengths"]), noun, summary)
+        figures |= accuracy_figures(noun, len(parts["evaluation"]["lengths"]), summary)
+        figures |= {
+            "margin": summary["result"]["eval/rewards/margins"],
+            "margin_start": summary["first"]["eval/rewards/margins"],
+            "result_step": summary["result_step"],
+        }
     return {"figures": figures | {"fingerprints": prints, "memory": memory}, "samples": []}
 
 
@@ -312,7 +304,7 @@ def _evaluation(
     mesh: Mesh,
 ):
     """The function (params, iteration) -> figures over the held-out records; kto's KL is of each batch."""
-    batches = [_place(held_out, rows, mesh) for rows in _in_batches(held_out, size)]
+    batches = [_place(held_out, rows, mesh) for rows in in_batches(len(held_out["lengths"]), size)]
     objective = preference_objective(settings, spec, reference)
 
     @jax.jit
@@ -328,19 +320,3 @@ def _evaluation(
         return row | {f"eval/{name}": means[name] for name in EVALUATED}
 
     return evaluate
-
-
-def _evaluation_figures(count: int, noun: str, summary: dict[str, Any]) -> dict[str, Any]:
-    first, result = summary["first"], summary["result"]
-    low, high = wilson(round(result["accuracy/eval"] * count), count)
-    return {
-        f"{noun}_eval": count,
-        "loss/eval": result["loss/eval"],
-        "loss/eval_start": first["loss/eval"],
-        "accuracy": result["accuracy/eval"],
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "margin": result["eval/rewards/margins"],
-        "margin_start": first["eval/rewards/margins"],
-        "result_step": summary["result_step"],
-    }

@@ -1,5 +1,6 @@
-"""The prompts of a stage: tokenized, padded batch by batch, each with the identity that keys its draws."""
+"""A stage's prompts: tokenized, padded batch by batch, each with the identity that keys its draws; and the sampler."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,12 +8,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.examples import prompt_ids
+from rlhf_jax.data.stops import stop_table
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.distributed.sharding import place_batch
+from rlhf_jax.distributed.sharding import place_batch, replicated
 from rlhf_jax.errors import UserError
+from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import bucket_widths, check_lengths, narrowest
 from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.randomness import record_ids
 
 EPOCH_STRIDE = 7919  # moves a record's draw identity from one epoch to the next
@@ -82,3 +86,40 @@ class Prompts:
             return {**fields, "row_ids": row_ids.astype(np.int32)}
 
         return place_batch(len(rows), load, mesh)
+
+
+def check_stop_strings(context: Context, tokenizer: Tokenizer | None) -> None:
+    """Raises a UserError where a stage's `stop_strings` are none that its tokenizer, if it is there yet, can end at."""
+    if context.config.stop_strings and tokenizer is not None:
+        stop_table(tokenizer, context.config.stop_strings)
+
+
+def make_sampler(context: Context, role: Role, mesh: Mesh) -> Callable[..., Rollout]:
+    """The function (base, placed prompts, key, samples=1, adapters=None) -> `Rollout`, by the stage's decoding fields.
+
+    The role gives shape and tokenizer; its weights are the arguments, `adapters` scaled as `generate` takes them.
+    """
+    config, shape, tokenizer = context.config, role.spec.config, role.tokenizer
+    fields = config.max_new_tokens, config.temperature, config.top_k, config.top_p
+    sampling = Sampling(*fields, stop_ids=tokenizer.stop_ids)
+    table = None
+    if config.stop_strings:
+        table = jax.device_put(stop_table(tokenizer, config.stop_strings, shape.vocab_size), replicated(mesh))
+
+    def sample(
+        base: Any, batch: dict[str, jax.Array], key: jax.Array, samples: int = 1, adapters: Any = None
+    ) -> Rollout:
+        return generate(
+            shape,
+            base,
+            batch["prompts"],
+            batch["lengths"],
+            key=key,
+            sampling=sampling,
+            row_ids=batch["row_ids"],
+            adapters=adapters,
+            samples=samples,
+            stop_table=table,
+        )
+
+    return sample

@@ -15,15 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.examples import answer_ids, completion_example, show_example
-from rlhf_jax.data.order import DataOrder
+from rlhf_jax.data.order import DataOrder, in_batches
 from rlhf_jax.data.pairs import answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import place_batch
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.models.heads import init_head
-from rlhf_jax.models.roles import RoleSpec, split, training_passes, weight_axes
+from rlhf_jax.models.roles import RoleSpec, training_passes
 from rlhf_jax.objectives import bradley_terry_loss
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
@@ -31,11 +30,10 @@ from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.reward_calibration import Asked, calibrate
 from rlhf_jax.stages.reward_labels import label_objective, labelled_texts, place_windows, show_window
-from rlhf_jax.stages.train import train
+from rlhf_jax.stages.train import accuracy_figures, prepare, steps_of, train
 from rlhf_jax.training.artifacts import Role, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, plain_gradient
 from rlhf_jax.training.randomness import order_seed
-from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
 
 Pairs = dict[str, np.ndarray]
 Rows = dict[str, np.ndarray]  # pairs, or labelled texts
@@ -216,18 +214,14 @@ def run(context: Context) -> dict[str, Any]:
         place = partial(place_windows, context) if labelled else _place
         count, noun = len(training["lengths"]), "texts" if labelled else "pairs"
         order = DataOrder(count, order_seed(context.seed, context.name))
-        steps = max(1, math.ceil(config.epochs * count / config.batch_size))
+        steps = steps_of(config, count)
         why = "" if labelled else f" ({int(training['dropped'])} dropped: equal answers, or too long)"
         context.progress(f"{count} {noun}{why}, {steps} steps")
 
         # --- step ------------------------------------------------------------------------------------------------
-        trainable, frozen = split(role.spec, role.weights)
-        axes = weight_axes(role.spec, trainable)
-        optimizer = make_optimizer(config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
         objective = label_objective(role.spec) if labelled else reward_objective(role.spec)
         gradient = plain_gradient(objective, config.accumulation)
-        step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
-        state = init_state(trainable, axes, optimizer, mesh)
+        state, frozen, step = prepare(context, role, gradient, steps, mesh)
         tokens = config.batch_size * math.prod(training["tokens"].shape[1:])
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
@@ -260,18 +254,8 @@ def run(context: Context) -> dict[str, Any]:
             figures["calibration"] = calibrate(context, role, policy, mesh)
         prints = save_role(context.workdir, context.name, role)
     if held_out is not None:
-        count = len(held_out["lengths"])
-        low, high = wilson(round(summary["result"]["accuracy/eval"] * count), count)
-        figures |= {
-            f"{noun}_eval": count,
-            "loss/eval": summary["result"]["loss/eval"],
-            "loss/eval_start": summary["first"]["loss/eval"],
-            "accuracy": summary["result"]["accuracy/eval"],
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "accuracy_start": summary["first"]["accuracy/eval"],
-            "result_step": summary["result_step"],
-        }
+        figures |= accuracy_figures(noun, len(held_out["lengths"]), summary)
+        figures |= {"accuracy_start": summary["first"]["accuracy/eval"], "result_step": summary["result_step"]}
     if held_out is not None and not labelled:
         figures["accuracy_length_and_end_baseline"] = baseline_accuracy(training, held_out)
     figures |= {"fingerprints": prints, "memory": role_memory({context.name: role.weights})}
@@ -280,9 +264,8 @@ def run(context: Context) -> dict[str, Any]:
 
 def _evaluation(objective: Objective, frozen: Any, held_out: Rows, place: Any, size: int, mesh: Mesh):
     """The function (params, iteration) -> {"loss/eval", "accuracy/eval"} over the held-out rows."""
-    count = len(held_out["lengths"])
-    rows = np.concatenate([np.arange(count), np.full(-count % size, -1)]).reshape(-1, size)
-    batches = [place(held_out, part, np.zeros(size, int), mesh) for part in rows]
+    first = np.zeros(size, int)  # epoch
+    batches = [place(held_out, rows, first, mesh) for rows in in_batches(len(held_out["lengths"]), size)]
 
     @jax.jit
     def totals(params: Any, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.examples import prompt_ids
+from rlhf_jax.data.order import in_batches
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.errors import UserError
@@ -62,7 +63,6 @@ def calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[st
     totals = np.asarray([len(p) for p in marked], np.int32) + lengths
     for i, prompt in enumerate(marked):
         joined[i, : totals[i]] = prompt + tokens[i, : lengths[i]].tolist()
-    rows = np.concatenate([np.arange(count), np.zeros(-count % size, int)]).reshape(-1, size)
     score = jax.jit(lambda weights, batch: last_scores(role.spec, weights, batch["tokens"], batch["lengths"]))
 
     def load(part: np.ndarray, mine: np.ndarray) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[st
 
     def all_scores() -> np.ndarray:
         out = []
-        for part in rows:
+        for part in in_batches(count, size, fill=0):
             out.append(fetch(score(role.weights, place_batch(size, partial(load, part), mesh))))
         return np.concatenate(out)[:count]
 

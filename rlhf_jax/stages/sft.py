@@ -5,18 +5,13 @@ Loads records, tokenizes and packs them; one jitted step; writes the best model 
 
 import itertools
 import json
-import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data.examples import (
-    prompt_ids,
-    show_example,
-)
-from rlhf_jax.data.order import DataOrder
+from rlhf_jax.data.examples import prompt_ids, show_example
+from rlhf_jax.data.order import DataOrder, in_batches
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from rlhf_jax.data.turns import plain_text, split_last_answer
@@ -24,25 +19,16 @@ from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch, tree_shardings
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.roles import (
-    RoleSpec,
-    base_axes,
-    init_base,
-    merged_base,
-    split,
-    training_passes,
-    weight_axes,
-)
+from rlhf_jax.models.roles import RoleSpec, base_axes, init_base, merged_base, training_passes
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.packed import PackedData, packed_examples
-from rlhf_jax.stages.train import train
+from rlhf_jax.stages.train import prepare, steps_of, train
 from rlhf_jax.training.artifacts import Role, checkpoint_config, computed, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.metrics import cut_back
 from rlhf_jax.training.randomness import order_seed
-from rlhf_jax.training.state import init_state, make_optimizer, make_step, state_shardings
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 48, 48
 
@@ -106,7 +92,7 @@ def run(context: Context) -> dict[str, Any]:
         _check_context(context, role.spec.config)
         data = PackedData(context, role.tokenizer, config.data, "train", config)
         order = DataOrder(len(data.plan), order_seed(context.seed, context.name))
-        steps = max(1, math.ceil(config.epochs * len(data.plan) / config.batch_size))
+        steps = steps_of(config, len(data.plan))
         tokens = config.batch_size * config.sequence_length
         context.progress(
             f"{len(data.table)} records in {len(data.plan)} rows of {data.width} tokens ({data.filled:.0%} filled), "
@@ -114,12 +100,8 @@ def run(context: Context) -> dict[str, Any]:
         )
 
         # --- step ------------------------------------------------------------------------------------------------
-        trainable, frozen = split(role.spec, role.weights)
-        axes = weight_axes(role.spec, trainable)
-        optimizer = make_optimizer(config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
         gradient = plain_gradient(sft_objective(role.spec, data.segments), config.accumulation)
-        step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
-        state = init_state(trainable, axes, optimizer, mesh)
+        state, frozen, step = prepare(context, role, gradient, steps, mesh)
         flops = training_passes(role.spec) * tokens * role.spec.config.forward_flops(data.width)
 
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
@@ -142,7 +124,7 @@ def run(context: Context) -> dict[str, Any]:
         prints = save_role(context.workdir, context.name, role)
     figures = {
         "parameters": role.spec.config.parameters,
-        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(trainable)),
+        "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "records": len(data.table),
         "skipped": data.skipped,
         "rows": len(data.plan),
@@ -164,9 +146,7 @@ def _evaluation(context: Context, role: Role, frozen: Any, mesh: Mesh):
     """The function (params, iteration) -> {"loss/eval": nats a token}; also writes sampled completions."""
     config = context.config
     data = PackedData(context, role.tokenizer, config.evaluation.data, "evaluation", config)
-    size = config.batch_size
-    padded = np.concatenate([np.arange(len(data.plan)), np.full(-len(data.plan) % size, -1)])
-    batches = [data.place(rows, mesh) for rows in padded.reshape(-1, size)]
+    batches = [data.place(rows, mesh) for rows in in_batches(len(data.plan), config.batch_size)]
     objective = sft_objective(role.spec, data.segments)
 
     @jax.jit

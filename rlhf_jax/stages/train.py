@@ -1,15 +1,57 @@
-"""What every trainable stage hands to the loop: taken from its config once, here."""
+"""What trainable stages share: how many steps, a role's state and step, the loop, the figures of held-out records."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlhf_jax.evaluation import wilson
+from rlhf_jax.models.roles import Weights, split, weight_axes
 from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import Role
+from rlhf_jax.training.gradient import GradientFunction
 from rlhf_jax.training.loop import Schedule, run_loop
-from rlhf_jax.training.state import make_schedule
+from rlhf_jax.training.state import (
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_step,
+    state_shardings,
+)
 from rlhf_jax.training.throughput import peak_flops
+
+
+def steps_of(config: ConfigDict, records: int) -> int:
+    """Steps of `batch_size` records that make `epochs` over all of them, at least one."""
+    return max(1, math.ceil(config.epochs * records / config.batch_size))
+
+
+class Prepared(NamedTuple):
+    """A role about to be trained.
+
+    Attributes:
+      state: on the mesh; its parameters are a copy of what trains of the role's weights.
+      frozen: the other part of the weights, the arrays themselves.
+      step: the jitted (state, frozen, batch) -> (state, metrics); donates the state, hands its `frozen` and batch to
+        the gradient as they are.
+    """
+
+    state: TrainState
+    frozen: Weights
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def prepare(context: Context, role: Role, gradient: GradientFunction, steps: int, mesh: Mesh) -> Prepared:
+    """The state and the step of a role that trains by `gradient`, with the stage's optimizer over `steps` steps."""
+    trainable, frozen = split(role.spec, role.weights)
+    axes = weight_axes(role.spec, trainable)
+    optimizer = make_optimizer(context.config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
+    step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
+    return Prepared(init_state(trainable, axes, optimizer, mesh), frozen, step)
 
 
 def train(
@@ -54,3 +96,17 @@ def train(
         watch=watch,
         anchors=anchors,
     )
+
+
+def accuracy_figures(noun: str, count: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """Loss, and accuracy with its interval, on `count` held-out records called `noun`; `summary` is that of `train`."""
+    first, result = summary["first"], summary["result"]
+    low, high = wilson(round(result["accuracy/eval"] * count), count)
+    return {
+        f"{noun}_eval": count,
+        "loss/eval": result["loss/eval"],
+        "loss/eval_start": first["loss/eval"],
+        "accuracy": result["accuracy/eval"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+    }

@@ -148,10 +148,9 @@ def normalized_scores(config: PPOConfig, scores: Array, state: Controllers) -> t
     return (scores - state.score_mean) * jax.lax.rsqrt(state.score_variance + 1e-8), state
 
 
-def end_penalized(scores: Array, ended: Array, config: PPOConfig) -> Array:
-    """Scores with the penalty in the place of the score of every answer without a stop token, or added to it."""
-    penalty = config.missing_end_penalty
-    return jnp.where(ended, scores, penalty if config.missing_end == "set" else scores + penalty)
+def end_penalized(scores: Array, ended: Array, missing_end: str, penalty: float) -> Array:
+    """Scores, and for every answer without a stop token the penalty: in its score's place ("set") or added to it."""
+    return jnp.where(ended, scores, penalty if missing_end == "set" else scores + penalty)
 
 
 def shaped_scores(config: PPOConfig, scores: Array, ended: Array, state: Controllers) -> tuple[Array, Controllers]:
@@ -160,7 +159,7 @@ def shaped_scores(config: PPOConfig, scores: Array, ended: Array, state: Control
         scores, state = normalized_scores(config, scores, state)
     if config.reward_clip:
         scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
-    return end_penalized(scores, ended, config), state
+    return end_penalized(scores, ended, config.missing_end, config.missing_end_penalty), state
 
 
 def advantages_and_returns(config: PPOConfig, rewards: Array, values: Array, mask: Array) -> tuple[Array, Array]:

@@ -213,36 +213,30 @@ def make_update(
     mix = _ptx_gradient(config, policy, segments)
     count = config.epochs * config.minibatches
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics, Array]:
-        experience, ptx = batch
-        grads, metrics = gradient(state.params, frozen, experience)
-        grads, mixed = mix(state.params, frozen, ptx, grads)
-        going = metrics[config.stop_metric] <= config.stop_limit if config.stops_updates else jnp.bool_(True)
-        moved, norms = apply_gradient(state, grads, optimizer)
-        if config.stops_updates:
-            moved = jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
-        return moved, metrics | mixed | norms, going
-
     def update(
         state: TrainState, frozen: Any, experience: Experience, kl_coef: Array, key: Array, ptx: Any = None
     ) -> tuple[TrainState, Metrics]:
         constants = {**frozen, "kl_coef": kl_coef}
 
-        def batch_of(rows: Array, mixed: Any) -> Any:
-            return jax.tree.map(lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), experience), mixed
+        def step(state: TrainState, rows: Array, ptx: Any) -> tuple[TrainState, Metrics, Array]:
+            batch = jax.tree.map(lambda x: constrain(x[rows], "batch", *[None] * (x.ndim - 1)), experience)
+            grads, metrics = gradient(state.params, constants, batch)
+            grads, mixed = mix(state.params, constants, ptx, grads)
+            moved, norms = apply_gradient(state, grads, optimizer)
+            going = jnp.bool_(True)
+            if config.stops_updates:
+                going = metrics[config.stop_metric] <= config.stop_limit
+                moved = jax.tree.map(lambda new, old: jnp.where(going, new, old), moved, state)
+            return moved, metrics | mixed | norms, going
 
-        def one(carry: tuple[TrainState, Array], inputs: Any) -> tuple[tuple[TrainState, Array], Any]:
+        def skip(state: TrainState, rows: Array, ptx: Any) -> tuple[TrainState, Metrics, Array]:
+            _, metrics, _ = jax.eval_shape(step, state, rows, ptx)
+            return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics), jnp.bool_(False)
+
+        def one(carry: tuple[TrainState, Array], inputs: tuple[Array, Any]) -> tuple[tuple[TrainState, Array], Any]:
             state, going = carry
-            if not config.stops_updates:
-                state, metrics, _ = step(state, constants, batch_of(*inputs))
-                return (state, going), (metrics, going)
-            shapes = jax.eval_shape(step, state, constants, batch_of(*inputs))
-            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1])
-            state, metrics, going = jax.lax.cond(
-                going,
-                lambda: step(state, constants, batch_of(*inputs)),
-                lambda: (state, nothing, going),
-            )
+            out = jax.lax.cond(going, step, skip, state, *inputs) if config.stops_updates else step(state, *inputs)
+            state, metrics, going = out
             return (state, going), (metrics, going)
 
         rows = minibatch_rows(key, experience.lengths.shape[0], config.epochs, config.minibatches)

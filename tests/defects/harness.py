@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def reward(rollout: Any) -> Any:
 
 def tiny_context(**changes: Any) -> Any:
     """What `stages.ppo` reads of a stage's context."""
-    fields = dict(batch_size=8, samples=1, rollout_parts=1, iterations=3, max_new_tokens=COUNT)
+    fields = dict(batch_size=8, samples=1, rollout_parts=1, iterations=3, max_new_tokens=COUNT, top_k=0, top_p=1.0)
     config = ConfigDict({**fields, "temperature": TEMPERATURE, "stop_strings": (), **changes})
     return SimpleNamespace(config=config, seed=0, name="ppo", key=lambda purpose: stage_key(0, "ppo", purpose))
 
@@ -133,7 +134,9 @@ def start_weights() -> dict[str, Any]:
 def tiny_roles() -> ppo_roles.Roles:
     """Policy, critic and reference of a full fine-tuning; the judge is `reward`."""
     start, tokenizer = start_weights(), SimpleNamespace(stop_ids=STOP_IDS)
-    judge = SimpleNamespace(roles={}, begin=lambda rollout, records: rollout, finish=lambda pending: reward(pending[0]))
+    judge = SimpleNamespace(
+        roles={}, begin=lambda rollout, records: rollout, finish=lambda pending: (reward(pending[0]), {})
+    )
     roles = [Role(SPEC, dict(start[name]), tokenizer) for name in ("policy", "value")]
     return ppo_roles.Roles(SETTINGS, *roles, reference=dict(start["policy"]), judge=judge)
 
@@ -150,30 +153,24 @@ def first_state(roles: ppo_roles.Roles) -> TrainState:
 
 
 def watched_run() -> None:
-    """Two iterations as the stage makes them, under all its guards; a warning of the watch is an error here."""
-    with jax.set_mesh(mesh()):
+    """Two iterations of the stage, under all its guards; a warning of the watch is an error here."""
+    program = mock.patch.object(stage, "make_update", lambda *given: update_program())
+    with jax.set_mesh(mesh()), program:
         context, roles, prompts = tiny_context(), tiny_roles(), tiny_prompts()
         frozen = {"reference": roles.reference}
         anchors = {name: fingerprint(weights) for name, weights in frozen.items()}
         sample = stage._sampler(context, roles, mesh())
         roll_out = stage._rollouts(context, roles, prompts, sample, mesh())
-        keys = stage._fold_ins(context.key("minibatches"), context.config.iterations)
+        learn = stage._learner(context, roles, None, OPTIMIZER, None)
         checks = experiment().checks
         checks.length_floor = 0.4  # at its default answers of 4 tokens could not fall below it
         watch = guards.Watch("ppo", SETTINGS, checks, "float32", 20.0, lambda text: None)
+        advance = stage._iteration(context, roles, roll_out, learn, watch)
         state = first_state(roles)
         for iteration in range(2):
-            acting = roles.acting(state.params)
-            rollout, pending = roll_out(acting["policy"], iteration)
-            read = roles.score(acting, rollout, PARTS)
-            scores = roles.judge.finish(pending)
-            made = experiences.make_experience(SETTINGS, rollout, read, scores, state.controllers)
-            experience, metrics, controllers = made
-            watch.inspect(rollout, scores, experience, False)
-            kl_coef, state = metrics["objective/kl_coef"], state.replace(controllers=controllers)
-            state, figures = update_program()(state, roles.frozen, experience, kl_coef, keys[iteration])
+            state, metrics = advance(state, iteration)
             state = after_update(roles, state)
-            watch(iteration + 1, metrics | figures)
+            watch(iteration + 1, metrics)
         guards.check_unchanged("ppo", anchors, frozen)
     assert not watch.warnings, watch.warnings
 

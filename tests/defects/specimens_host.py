@@ -32,7 +32,7 @@ def one_draw_for_epochs(patch: Patches) -> None:
 
 def one_key_for_rows(patch: Patches) -> None:
     patch.wrap(generation, "row_keys", lambda keys: lambda key, row_ids: keys(key, jnp.zeros_like(row_ids)))
-    patch.retrace(stage, "generate")
+    patch.retrace(prompts, "generate")
 
 
 def whole_support_is_reported(patch: Patches) -> None:

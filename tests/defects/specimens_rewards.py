@@ -8,6 +8,7 @@ import truths
 from harness import Patches, Specimen
 
 from rlhf_jax.objectives import gae as right_gae
+from rlhf_jax.stages import prompts
 from rlhf_jax.training import experience as experiences
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def penalty_for_nobody(patch: Patches) -> None:
     patch.wrap(
         experiences,
         "end_penalized",
-        lambda right: lambda scores, ended, config: right(scores, jnp.ones_like(ended), config),
+        lambda right: lambda scores, ended, *how: right(scores, jnp.ones_like(ended), *how),
     )
 
 
@@ -113,7 +114,7 @@ def rollout_is_tiled(patch: Patches) -> None:
 
         return tiled
 
-    patch.wrap(truths.stage, "generate", wrapper)
+    patch.wrap(prompts, "generate", wrapper)
 
 
 def groups_are_split(patch: Patches) -> None:

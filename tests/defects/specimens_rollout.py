@@ -11,13 +11,12 @@ from harness import COUNT, STOP_IDS, Patches, Specimen, watched_run
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout import sampling as sampling_module
 from rlhf_jax.stages import ppo as stage
-from rlhf_jax.stages import ppo_roles
-from rlhf_jax.training import experience as experiences
+from rlhf_jax.stages import ppo_roles, prompts
 
 
 def spoil_rollout(patch: Patches, spoil: Any) -> None:
     """Every rollout becomes spoil(rollout)."""
-    patch.wrap(stage, "generate", lambda generate: lambda *args, **kwargs: spoil(generate(*args, **kwargs)))
+    patch.wrap(prompts, "generate", lambda generate: lambda *args, **kwargs: spoil(generate(*args, **kwargs)))
 
 
 def spoil_scores(patch: Patches, spoil: Any) -> None:
@@ -71,7 +70,7 @@ def stop_token_is_padding(patch: Patches) -> None:
 
         return with_token_mask
 
-    patch.wrap(experiences, "make_experience", wrapper)
+    patch.wrap(stage, "make_experience", wrapper)
 
 
 def length_without_stop(patch: Patches) -> None:
@@ -95,7 +94,7 @@ def stop_is_ignored(patch: Patches) -> None:
 
         return run_on
 
-    patch.wrap(stage, "generate", wrapper)
+    patch.wrap(prompts, "generate", wrapper)
 
 
 def last_token(rollout: Rollout) -> Any:
@@ -117,7 +116,7 @@ def top_k(patch: Patches) -> None:
 
         return truncated
 
-    patch.wrap(stage, "generate", wrapper)
+    patch.wrap(prompts, "generate", wrapper)
 
 
 def secret_top_k(patch: Patches) -> None:
@@ -128,7 +127,7 @@ def secret_top_k(patch: Patches) -> None:
         return truncated
 
     patch.wrap(sampling_module, "support_logits", wrapper)
-    patch.retrace(stage, "generate")
+    patch.retrace(prompts, "generate")
 
 
 def logprobs_off_by_one(patch: Patches) -> None:
@@ -140,7 +139,7 @@ def sampler_keeps_its_weights(patch: Patches) -> None:
         start = harness.start_weights()["policy"]["base"]
         return lambda config, base, *args, **kwargs: generate(config, start, *args, **kwargs)
 
-    patch.wrap(stage, "generate", wrapper)
+    patch.wrap(prompts, "generate", wrapper)
 
 
 def old_of_the_last_rollout(patch: Patches) -> None:
@@ -187,7 +186,7 @@ def one_answer_for_all(patch: Patches) -> None:
 
         return alike
 
-    patch.wrap(stage, "generate", wrapper)
+    patch.wrap(prompts, "generate", wrapper)
 
 
 def policy_collapses(patch: Patches) -> None:
@@ -219,7 +218,7 @@ def sampler_has_another_temperature(patch: Patches) -> None:
 
         return warmer
 
-    patch.wrap(stage, "generate", wrapper)
+    patch.wrap(prompts, "generate", wrapper)
 
 
 ROWS = [

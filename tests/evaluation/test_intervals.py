@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
-from rlhf_jax.evaluation import newcombe_difference, wilson
+from rlhf_jax.evaluation import mean_interval, newcombe_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,10 @@ def test_impossible_counts_are_refused():
         wilson(5, 4)
     with pytest.raises(ValueError, match="confidence"):
         wilson(1, 4, confidence=95)
+
+
+def test_a_mean_lies_two_standard_errors_from_its_bounds():
+    """1, 2, 3, 4, 5 and 9: deviations -3, -2, -1, 0, 1, 5 from 4, variance 40 / 5 = 8, standard error sqrt(8 / 6)."""
+    figures = mean_interval("score", np.float32([1, 2, 3, 4, 5, 9]))
+    assert figures == pytest.approx({"score": 4.0, "score_low": 1.73679, "score_high": 6.26321}, abs=1e-5)
+    assert mean_interval("kl", np.float32([2.5])) == {"kl": 2.5}

@@ -8,20 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_ppo import (
-    COUNT,
-    ONCE,
-    OPTIMIZER,
-    ROWS,
-    experience_of,
-    experienced,
-    largest,
-    make_roles,
-    roll,
-    run,
-    synthetic,
-    trainable_and_frozen,
-)
+import tiny_ppo as tiny
 
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.objectives import kl_estimate
@@ -41,13 +28,8 @@ from rlhf_jax.training.state import TrainState, scale_by_tf_adam
 
 
 @pytest.fixture(scope="module")
-def full():
-    return make_roles(lora=False)
-
-
-@pytest.fixture(scope="module")
 def experience(full):
-    return experience_of(full, roll(full))[0]
+    return tiny.experience_of(full, tiny.roll(full))[0]
 
 
 def losses_of(config, policy, value=None):
@@ -95,32 +77,32 @@ def test_scores_are_clipped_before_a_missing_end_costs():
 
 
 def test_the_adaptive_coefficient_follows_the_sum_over_the_sequence():
-    rollout, mask, arrays = synthetic()
+    rollout, mask, arrays = tiny.synthetic()
     config = PPOConfig(kl_controller="adaptive", kl_target=0.5, kl_horizon=100, kl_coef=0.2)
     read = RoleScores(arrays[0], arrays[1], arrays[2], arrays[3])
     _, metrics, after = make_experience(config, rollout, read, arrays[4], init_controllers(config))
     kl = np.where(mask, np.float64(arrays[0]) - arrays[1], 0).sum(1).mean()
     assert float(metrics["objective/kl_coef"]) == np.float32(0.2)  # this rollout's, before the step
-    expected = 0.2 * (1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * ROWS / 100)
+    expected = 0.2 * (1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * tiny.ROWS / 100)
     np.testing.assert_allclose(after.kl_coef, expected, rtol=1e-6)
     assert float(after.kl_coef) != np.float32(0.2)
 
 
 def test_kl_in_the_loss_leaves_the_rewards_alone_and_adds_its_gradient(full, experience):
-    config = dataclasses.replace(ONCE, kl_in="loss", kl_estimator="k3", kl_coef=0.7)
-    rollout, _, arrays = synthetic()
+    config = dataclasses.replace(tiny.ONCE, kl_in="loss", kl_estimator="k3", kl_coef=0.7)
+    rollout, _, arrays = tiny.synthetic()
     with_kl, without = (
-        experienced(config, rollout, *arrays)[0],
-        experienced(dataclasses.replace(ONCE, kl_coef=0.0), rollout, *arrays)[0],
+        tiny.experienced(config, rollout, *arrays)[0],
+        tiny.experienced(dataclasses.replace(tiny.ONCE, kl_coef=0.0), rollout, *arrays)[0],
     )
     np.testing.assert_array_equal(with_kl.advantages, without.advantages)
-    params, frozen = trainable_and_frozen(full)
+    params, frozen = tiny.trainable_and_frozen(full)
     moved = experience.replace(ref_logprobs=experience.ref_logprobs - 0.3)
     losses = {}
     for name, coefficient in (("none", 0.0), ("some", 0.7)):
         out = losses_of(config, full.spec, full.spec)(params, {**frozen, "kl_coef": coefficient}, moved)
         losses[name] = np.float64(out.losses)
-    mask = np.arange(COUNT) < np.asarray(moved.lengths)[:, None]
+    mask = np.arange(tiny.COUNT) < np.asarray(moved.lengths)[:, None]
     penalty = np.where(mask, kl_estimate(moved.logprobs, moved.ref_logprobs, "k3"), 0).sum(1)
     np.testing.assert_allclose(losses["some"] - losses["none"], 0.7 * penalty, rtol=1e-4, atol=1e-5)
 
@@ -148,9 +130,9 @@ def test_a_group_is_the_answers_to_one_prompt_which_stand_side_by_side():
 
 
 def test_reinforce_whitens_returns_to_go_over_the_batch():
-    rollout, mask, arrays = synthetic()
+    rollout, mask, arrays = tiny.synthetic()
     config = PPOConfig(estimator="reinforce++", kl_coef=0.3, missing_end="add", missing_end_penalty=0.0)
-    experience, metrics = experienced(config, rollout, *arrays)
+    experience, metrics = tiny.experienced(config, rollout, *arrays)
     logprobs, ref_logprobs, _, _, scores = (np.float64(x) for x in arrays)
     returns = np.zeros(mask.shape)
     for i, n in enumerate(rollout.lengths):
@@ -162,11 +144,13 @@ def test_reinforce_whitens_returns_to_go_over_the_batch():
 
 
 def test_whitened_rewards_keep_their_mean():
-    rollout, mask, arrays = synthetic()
+    rollout, mask, arrays = tiny.synthetic()
     config = PPOConfig(whiten_rewards=True, gamma=1.0, lam=1.0, whiten_advantages=False, missing_end="add")
     zeros = 0 * arrays[3]
-    plain, _ = experienced(dataclasses.replace(config, whiten_rewards=False), rollout, *arrays[:3], zeros, arrays[4])
-    white, _ = experienced(config, rollout, *arrays[:3], zeros, arrays[4])
+    plain, _ = tiny.experienced(
+        dataclasses.replace(config, whiten_rewards=False), rollout, *arrays[:3], zeros, arrays[4]
+    )
+    white, _ = tiny.experienced(config, rollout, *arrays[:3], zeros, arrays[4])
 
     def rewards(experience):  # with no values a token's reward is the step in its return
         returns = np.pad(np.float64(experience.returns), ((0, 0), (0, 1)))
@@ -181,16 +165,16 @@ def test_whitened_rewards_keep_their_mean():
 
 @pytest.mark.parametrize("weighting", ["token", "sequence", "constant"])
 def test_the_weighting_says_what_an_answer_counts(full, experience, weighting):
-    params, frozen = trainable_and_frozen(full)
+    params, frozen = tiny.trainable_and_frozen(full)
     frozen = {**frozen, "kl_coef": 0.0}
     config = PPOConfig(loss_weighting=weighting, value_coef=0.0)
     out = losses_of(config, full.spec, full.spec)(params, frozen, experience)
-    mask = np.arange(COUNT) < np.asarray(experience.lengths)[:, None]
+    mask = np.arange(tiny.COUNT) < np.asarray(experience.lengths)[:, None]
     token_losses = np.where(mask, -np.float64(experience.advantages), 0)  # at ratio 1
     expected = {
         "token": token_losses.sum() / mask.sum(),
         "sequence": (token_losses.sum(1) / mask.sum(1)).mean(),
-        "constant": (token_losses.sum(1) / COUNT).mean(),
+        "constant": (token_losses.sum(1) / tiny.COUNT).mean(),
     }[weighting]
     got = np.float64(out.losses).sum() / np.float64(out.weights).sum()
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -205,10 +189,12 @@ def test_papers_weightings_are_the_defaults():
 
 def test_a_sequence_ratio_is_one_number_an_answer(full, experience):
     """GSPO's gradient of an answer at ratio 1 is its advantage times the mean of its tokens' gradients."""
-    params, frozen = trainable_and_frozen(full)
+    params, frozen = tiny.trainable_and_frozen(full)
     frozen = {**frozen, "kl_coef": 0.0}
     flat = experience.replace(
-        advantages=jnp.where(jnp.arange(COUNT) < experience.lengths[:, None], jnp.arange(ROWS)[:, None] - 3.0, 0.0)
+        advantages=jnp.where(
+            jnp.arange(tiny.COUNT) < experience.lengths[:, None], jnp.arange(tiny.ROWS)[:, None] - 3.0, 0.0
+        )
     )
     by_token = PPOConfig(estimator="grpo", samples=2)
     by_sequence = dataclasses.replace(by_token, ratio="sequence")
@@ -216,21 +202,21 @@ def test_a_sequence_ratio_is_one_number_an_answer(full, experience):
         gradient_of(config, full.spec)({"policy": params["policy"]}, frozen, flat)[0]
         for config in (by_token, by_sequence)
     ]
-    assert largest(*grads) < 1e-6 and largest(grads[0], jax.tree.map(jnp.zeros_like, grads[0])) > 1e-3
-    off = flat.replace(logprobs=flat.logprobs - jnp.where(flat.logprobs != 0, 0.1 * jnp.arange(COUNT), 0.0))
+    assert tiny.largest(*grads) < 1e-6 and tiny.largest(grads[0], jax.tree.map(jnp.zeros_like, grads[0])) > 1e-3
+    off = flat.replace(logprobs=flat.logprobs - jnp.where(flat.logprobs != 0, 0.1 * jnp.arange(tiny.COUNT), 0.0))
     ratios = [
         losses_of(config, full.spec)({"policy": params["policy"]}, frozen, off).metrics["val/ratio"]
         for config in (by_token, by_sequence)
     ]
-    mask = np.arange(COUNT) < np.asarray(off.lengths)[:, None]
-    log_ratio = np.where(mask, 0.1 * np.arange(COUNT), 0)
+    mask = np.arange(tiny.COUNT) < np.asarray(off.lengths)[:, None]
+    log_ratio = np.where(mask, 0.1 * np.arange(tiny.COUNT), 0)
     np.testing.assert_allclose(ratios[0][0], np.exp(log_ratio)[mask].sum(), rtol=1e-4)
     mean = log_ratio.sum(1) / mask.sum(1)
     np.testing.assert_allclose(ratios[1][0], (np.exp(mean) * mask.sum(1)).sum(), rtol=1e-4)
 
 
 def test_the_entropy_bonus_is_the_exact_entropy(full, experience):
-    params, frozen = trainable_and_frozen(full)
+    params, frozen = tiny.trainable_and_frozen(full)
     frozen = {**frozen, "kl_coef": 0.0}
     with_bonus, without = (
         losses_of(PPOConfig(entropy_coef=c), full.spec, full.spec)(params, frozen, experience) for c in (0.5, 0.0)
@@ -246,11 +232,11 @@ def test_a_shared_critic_reads_the_policys_own_states(full):
     """The update of one trunk with two outputs is the gradient of the sum of its two losses."""
     head = init_head(16, 0.3, key=jax.random.key(8))
     shared = SimpleNamespace(spec=full.spec, weights={"policy": {**full.weights["policy"], "head": head}})
-    rollout = roll(full)
+    rollout = tiny.roll(full)
     logprobs, entropy, values = score_shared(full.spec, shared.weights["policy"], rollout, 1)
-    config = dataclasses.replace(ONCE, critic="shared", value_coef=0.5)
-    scores = np.linspace(-1, 1, ROWS, dtype=np.float32)
-    experience, metrics = experienced(config, rollout, logprobs, logprobs, entropy, values, scores)
+    config = dataclasses.replace(tiny.ONCE, critic="shared", value_coef=0.5)
+    scores = np.linspace(-1, 1, tiny.ROWS, dtype=np.float32)
+    experience, metrics = tiny.experienced(config, rollout, logprobs, logprobs, entropy, values, scores)
     assert float(metrics["objective/kl"]) == 0.0 and float(jnp.abs(values).max()) > 0.1
     params = {"policy": shared.weights["policy"]}
     frozen = {"policy": {}, "kl_coef": 0.0}
@@ -261,9 +247,9 @@ def test_a_shared_critic_reads_the_policys_own_states(full):
         apart, {"policy": {}, "value": {}, "kl_coef": 0.0}, experience
     )
     summed = jax.tree.map(jnp.add, both["policy"]["base"], both["value"]["base"])
-    assert largest(ours["policy"]["base"], summed) < 1e-5
-    assert largest(ours["policy"]["head"], both["value"]["head"]) < 1e-5
-    assert largest(summed, jax.tree.map(jnp.zeros_like, summed)) > 1e-2
+    assert tiny.largest(ours["policy"]["base"], summed) < 1e-5
+    assert tiny.largest(ours["policy"]["head"], both["value"]["head"]) < 1e-5
+    assert tiny.largest(summed, jax.tree.map(jnp.zeros_like, summed)) > 1e-2
 
 
 def ptx_rows(count):
@@ -281,52 +267,43 @@ def ptx_rows(count):
 
 
 def test_a_mixed_loss_adds_its_own_gradient(full, experience):
-    config = dataclasses.replace(ONCE, minibatches=2, ptx_coef=0.3)
-    params, frozen = trainable_and_frozen(full)
-    ptx = ptx_rows(ROWS)
-    update = make_update(config, full.spec, full.spec, OPTIMIZER)
-    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), OPTIMIZER.init(params))
+    config = dataclasses.replace(tiny.ONCE, minibatches=2, ptx_coef=0.3)
+    params, frozen = tiny.trainable_and_frozen(full)
+    ptx = ptx_rows(tiny.ROWS)
+    update = make_update(config, full.spec, full.spec, tiny.OPTIMIZER)
+    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), tiny.OPTIMIZER.init(params))
     state, metrics = update(state, frozen, experience, 0.0, jax.random.key(0), ptx)
     expected, losses = params, []
     ppo = gradient_of(config, full.spec, full.spec)
     language = jax.jit(plain_gradient(sft_objective(full.spec, 1)))
     constants = {**frozen, "kl_coef": 0.0}
-    for number, rows in enumerate(np.asarray(minibatch_rows(jax.random.key(0), ROWS, 1, 2))):
+    for number, rows in enumerate(np.asarray(minibatch_rows(jax.random.key(0), tiny.ROWS, 1, 2))):
         grads, _ = ppo(expected, constants, jax.tree.map(lambda x, rows=rows: x[rows], experience))
         part = {name: x[4 * number : 4 * number + 4] for name, x in ptx.items()}
         mixed, figures = language(expected["policy"], {}, part)
         grads["policy"] = jax.tree.map(lambda a, b: a + 0.3 * b, grads["policy"], mixed)
         losses.append(float(figures["loss/train"]))
         expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, grads)
-    assert largest(state.params, expected) < 1e-5
+    assert tiny.largest(state.params, expected) < 1e-5
     np.testing.assert_allclose(metrics["loss/ptx"], np.mean(losses), rtol=1e-5)
-    assert largest(state.params, run(full, experience, dataclasses.replace(config, ptx_coef=0.0))[0]) > 1e-3
+    assert tiny.largest(state.params, tiny.run(full, experience, dataclasses.replace(config, ptx_coef=0.0))[0]) > 1e-3
 
 
 def test_updates_end_before_the_step_that_passes_the_limit(full, experience):
     config = PPOConfig(epochs=3, minibatches=2)
-    whole, metrics = run(full, experience, config)
+    whole, metrics = tiny.run(full, experience, config)
     assert float(metrics["policy/updates"]) == 6
     # the first minibatch is at ratio 1, the second is not
     tight, loose = (dataclasses.replace(config, stop_metric="policy/approxkl", stop_limit=x) for x in (1e-9, 1e9))
-    stopped, metrics = run_stopping(full, experience, tight)
+    stopped, metrics = tiny.run(full, experience, tight)
     assert float(metrics["policy/updates"]) == 1
-    first_rows = np.asarray(minibatch_rows(jax.random.key(0), ROWS, 3, 2))[0]
-    params, frozen = trainable_and_frozen(full)
+    first_rows = np.asarray(minibatch_rows(jax.random.key(0), tiny.ROWS, 3, 2))[0]
+    params, frozen = tiny.trainable_and_frozen(full)
     part = jax.tree.map(lambda x: x[first_rows], experience)
     grads, _ = gradient_of(config, full.spec, full.spec)(params, {**frozen, "kl_coef": config.kl_coef}, part)
-    assert largest(stopped, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) < 1e-6
-    never, metrics = run_stopping(full, experience, loose)
-    assert float(metrics["policy/updates"]) == 6 and largest(never, whole) < 1e-6
-
-
-def run_stopping(roles, experience, config):
-    params, frozen = trainable_and_frozen(roles)
-    state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), OPTIMIZER.init(params))
-    update = make_update(config, roles.spec, roles.spec, OPTIMIZER)
-    state, metrics = update(state, frozen, experience, config.kl_coef, jax.random.key(0))
-    assert int(state.step) == int(metrics["policy/updates"])
-    return state.params, metrics
+    assert tiny.largest(stopped, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) < 1e-6
+    never, metrics = tiny.run(full, experience, loose)
+    assert float(metrics["policy/updates"]) == 6 and tiny.largest(never, whole) < 1e-6
 
 
 # The optimizer and the signs of collapse.

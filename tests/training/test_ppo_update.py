@@ -9,26 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_ppo import (
-    CONFIG,
-    COUNT,
-    LENGTHS,
-    ONCE,
-    OPTIMIZER,
-    PROMPTS,
-    ROWS,
-    WIDTH,
-    base,
-    experience_of,
-    experienced,
-    largest,
-    make_roles,
-    roll,
-    run,
-    shared_update,
-    synthetic,
-    trainable_and_frozen,
-)
+import tiny_ppo as tiny
 
 from rlhf_jax.models import Transformer
 from rlhf_jax.rollout.scoring import RoleScores
@@ -44,28 +25,17 @@ from rlhf_jax.training.ppo import (
 )
 from rlhf_jax.training.state import TrainState
 
-
-@pytest.fixture(scope="module")
-def full():
-    return make_roles(lora=False)
-
-
-@pytest.fixture(scope="module")
-def adapted():
-    return make_roles(lora=True)
-
-
 # Before the first update.
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_nothing_has_moved_at_update_0(lora, full, adapted):
     roles = adapted if lora else full
-    experience, metrics = experience_of(roles, roll(roles))
+    experience, metrics = tiny.experience_of(roles, tiny.roll(roles))
     assert float(metrics["objective/kl"]) == 0.0
     assert float(metrics["objective/rlhf_reward"]) == float(metrics["objective/scores"])
     assert float(metrics["rollout/logprob_gap"]) < 1e-5
-    _, metrics = run(roles, experience, ONCE)
+    _, metrics = tiny.run(roles, experience, tiny.ONCE)
     assert float(metrics["val/first_ratio_error"]) < 1e-5
     assert float(metrics["policy/clipfrac"]) == float(metrics["val/clipfrac"]) == 0.0
     assert float(metrics["policy/approxkl"]) < 1e-10
@@ -74,31 +44,31 @@ def test_nothing_has_moved_at_update_0(lora, full, adapted):
 
 def test_another_reference_has_a_kl(full):
     """What the zero above would show: kl is the mean over answers of the summed log-ratio."""
-    rollout, reference = roll(full), {"base": base(7)}
-    _, metrics = experience_of(full, rollout, reference=reference)
+    rollout, reference = tiny.roll(full), {"base": tiny.base(7)}
+    _, metrics = tiny.experience_of(full, rollout, reference=reference)
     ours, theirs = (score_logprobs(full.spec, w, rollout, 1)[0] for w in (full.weights["policy"], reference))
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     kl = [sum(ours[i, t] - theirs[i, t] for t in range(n)) for i, n in enumerate(rollout.lengths)]
     assert np.mean(kl) > 0.1
     np.testing.assert_allclose(metrics["objective/kl"], np.mean(kl), rtol=1e-5)
-    expected = float(metrics["objective/scores"]) - ONCE.kl_coef * np.mean(kl)
+    expected = float(metrics["objective/scores"]) - tiny.ONCE.kl_coef * np.mean(kl)
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], expected, rtol=1e-5)
 
 
 def test_one_temperature_for_sampling_old_and_new(full):
-    rollout = roll(full, temperature=0.7)
-    experience, metrics = experience_of(full, rollout)
+    rollout = tiny.roll(full, temperature=0.7)
+    experience, metrics = tiny.experience_of(full, rollout)
     assert float(metrics["rollout/logprob_gap"]) < 1e-5  # decoding and scoring
     assert float(metrics["objective/kl"]) == 0.0
-    _, metrics = run(full, experience, ONCE)
+    _, metrics = tiny.run(full, experience, tiny.ONCE)
     assert float(metrics["val/first_ratio_error"]) < 1e-5
     other = dataclasses.replace(experience.sampling, temperature=1.0)
-    _, metrics = run(full, experience.replace(sampling=other), ONCE)
+    _, metrics = tiny.run(full, experience.replace(sampling=other), tiny.ONCE)
     assert float(metrics["val/first_ratio_error"]) > 1e-2  # what a second temperature would show
 
 
 def test_scores_come_back_in_the_order_of_the_rows(full):
-    rollout = roll(full)
+    rollout = tiny.roll(full)
     for score, role, spec in (
         (score_logprobs, "policy", full.spec),
         (score_values, "value", full.spec),
@@ -109,14 +79,14 @@ def test_scores_come_back_in_the_order_of_the_rows(full):
 
 
 def test_a_score_is_read_at_the_last_real_token(full):
-    rollout = roll(full)
+    rollout = tiny.roll(full)
     scores = score_rewards(full.reward, full.weights["reward"], rollout, 1)
-    hidden_of = jax.jit(partial(Transformer(CONFIG).apply, return_hidden=True))
+    hidden_of = jax.jit(partial(Transformer(tiny.CONFIG).apply, return_hidden=True))
     head = full.weights["reward"]["head"]
-    for i in range(ROWS):
+    for i in range(tiny.ROWS):
         answer = rollout.tokens[i, : rollout.lengths[i]]
-        row = np.concatenate([PROMPTS[i, : LENGTHS[i]], answer])
-        padded = np.pad(row, (0, WIDTH + COUNT - len(row)))[None]
+        row = np.concatenate([tiny.PROMPTS[i, : tiny.LENGTHS[i]], answer])
+        padded = np.pad(row, (0, tiny.WIDTH + tiny.COUNT - len(row)))[None]
         hidden = hidden_of({"params": full.weights["reward"]["base"]}, padded)[0, len(row) - 1]
         np.testing.assert_allclose(scores[i], hidden @ head["kernel"][:, 0] + head["bias"][0], rtol=1e-4, atol=1e-5)
 
@@ -126,8 +96,8 @@ def test_a_score_is_read_at_the_last_real_token(full):
 
 def test_experience_equals_the_float64_loop():
     config = PPOConfig(kl_coef=0.3, missing_end_penalty=-2.5, gamma=0.97, lam=0.9)
-    rollout, mask, arrays = synthetic()
-    experience, metrics = experienced(config, rollout, *arrays)
+    rollout, mask, arrays = tiny.synthetic()
+    experience, metrics = tiny.experienced(config, rollout, *arrays)
     logprobs, ref_logprobs, entropy, values, scores = (np.asarray(x, np.float64) for x in arrays)
     scores = [score if ended else -2.5 for score, ended in zip(scores, rollout.ended, strict=True)]
     advantages = np.zeros(mask.shape)
@@ -168,31 +138,32 @@ def test_experience_equals_the_float64_loop():
 def test_an_answer_without_an_end_gets_the_penalty_for_its_score():
     """No KL, no values, no discount: every token's advantage is what its answer got."""
     config = PPOConfig(gamma=1.0, lam=1.0, whiten_advantages=False, missing_end_penalty=-1.0)
-    rollout, mask, (logprobs, _, entropy, values, _) = synthetic()
+    rollout, mask, (logprobs, _, entropy, values, _) = tiny.synthetic()
     scores = np.linspace(0.1, 0.8, 8, dtype=np.float32)
-    experience, metrics = experienced(config, rollout, logprobs, logprobs, entropy, 0 * values, scores)
+    experience, metrics = tiny.experienced(config, rollout, logprobs, logprobs, entropy, 0 * values, scores)
     got = [-1.0, 0.2, 0.3, -1.0, 0.5, 0.6, -1.0, 0.8]
     np.testing.assert_allclose(experience.advantages, np.where(mask, np.array(got)[:, None], 0.0), rtol=1e-6)
     np.testing.assert_allclose(metrics["objective/scores"], np.mean(got), rtol=1e-6)
-    np.testing.assert_array_equal(end_penalized(scores, rollout.ended, config), np.float32(got))
+    np.testing.assert_array_equal(end_penalized(scores, rollout.ended, "set", -1.0), np.float32(got))
 
 
 def test_whitening_is_over_the_whole_batch_however_it_is_split(full):
-    rollout = roll(full)
-    in_one, _ = experience_of(full, rollout)
+    rollout = tiny.roll(full)
+    in_one, _ = tiny.experience_of(full, rollout)
     halves = PPOConfig(epochs=1, minibatches=2, accumulation=2)
-    in_two, _ = experience_of(full, rollout, halves)
+    in_two, _ = tiny.experience_of(full, rollout, halves)
     np.testing.assert_allclose(in_two.advantages, in_one.advantages, rtol=1e-4, atol=1e-5)
-    mask = np.arange(COUNT) < np.asarray(rollout.lengths)[:, None]
+    mask = np.arange(tiny.COUNT) < np.asarray(rollout.lengths)[:, None]
     inside = np.asarray(in_one.advantages, np.float64)[mask]
     np.testing.assert_allclose([inside.mean(), inside.std()], [0.0, 1.0], atol=1e-5)
     # At ratio 1 a minibatch's policy loss is minus its mean advantage: not 0, as its own whitening would make it.
     key = jax.random.key(0)
     of_rows = [
-        -np.asarray(in_one.advantages)[rows][mask[rows]].mean() for rows in np.asarray(minibatch_rows(key, ROWS, 1, 2))
+        -np.asarray(in_one.advantages)[rows][mask[rows]].mean()
+        for rows in np.asarray(minibatch_rows(key, tiny.ROWS, 1, 2))
     ]
     assert min(np.abs(of_rows)) > 1e-2
-    _, metrics = run(full, in_two, halves, optimizer=optax.sgd(0.0))
+    _, metrics = tiny.run(full, in_two, halves, optimizer=optax.sgd(0.0))
     np.testing.assert_allclose(metrics["loss/policy"], np.mean(of_rows), rtol=1e-4, atol=1e-5)
 
 
@@ -202,11 +173,11 @@ def test_whitening_is_over_the_whole_batch_however_it_is_split(full):
 def naive_loss(params, batch, config, temperature):
     """The same loss from whole logits and written-out indices."""
     sequence, mask = batch["sequence"], batch["mask"]
-    at = batch["prompt_lengths"][:, None] - 1 + jnp.arange(COUNT)
+    at = batch["prompt_lengths"][:, None] - 1 + jnp.arange(tiny.COUNT)
     row = jnp.arange(len(sequence))[:, None]
-    logits = Transformer(CONFIG).apply({"params": params["policy"]["base"]}, sequence)
+    logits = Transformer(tiny.CONFIG).apply({"params": params["policy"]["base"]}, sequence)
     logp = jax.nn.log_softmax(logits / temperature)[row, at, batch["tokens"]]
-    hidden = Transformer(CONFIG).apply({"params": params["value"]["base"]}, sequence, return_hidden=True)
+    hidden = Transformer(tiny.CONFIG).apply({"params": params["value"]["base"]}, sequence, return_hidden=True)
     head = params["value"]["head"]
     values = (hidden @ head["kernel"][:, 0] + head["bias"])[row, at]
     ratio = jnp.exp(jnp.where(mask, logp - batch["logprobs"], 0.0))
@@ -219,59 +190,61 @@ def naive_loss(params, batch, config, temperature):
 
 def test_update_equals_a_loop_of_gradient_steps(full):
     config = PPOConfig(epochs=2, minibatches=2, value_coef=0.5, clip_ratio=0.1, value_clip=0.05)
-    rollout = roll(full, temperature=0.7)
-    experience, _ = experience_of(full, rollout)
-    ours, metrics = run(full, experience, config, key=3)
-    sequence = np.zeros((ROWS, WIDTH + COUNT), np.int32)
-    for i, (n, m) in enumerate(zip(LENGTHS, rollout.lengths, strict=True)):
-        sequence[i, : n + m] = np.concatenate([PROMPTS[i, :n], rollout.tokens[i, :m]])
+    rollout = tiny.roll(full, temperature=0.7)
+    experience, _ = tiny.experience_of(full, rollout)
+    ours, metrics = tiny.run(full, experience, config, key=3)
+    sequence = np.zeros((tiny.ROWS, tiny.WIDTH + tiny.COUNT), np.int32)
+    for i, (n, m) in enumerate(zip(tiny.LENGTHS, rollout.lengths, strict=True)):
+        sequence[i, : n + m] = np.concatenate([tiny.PROMPTS[i, :n], rollout.tokens[i, :m]])
     names = [f.name for f in dataclasses.fields(Experience) if f.name != "sampling"]
     fields = {name: np.asarray(getattr(experience, name)) for name in names}
-    batch = {**fields, "sequence": sequence, "mask": np.arange(COUNT) < fields["lengths"][:, None]}
-    params, _ = trainable_and_frozen(full)
+    batch = {**fields, "sequence": sequence, "mask": np.arange(tiny.COUNT) < fields["lengths"][:, None]}
+    params, _ = tiny.trainable_and_frozen(full)
     start = params
     gradient = jax.jit(jax.grad(partial(naive_loss, config=config, temperature=0.7)))
-    for rows in np.asarray(minibatch_rows(jax.random.key(3), ROWS, 2, 2)):
+    for rows in np.asarray(minibatch_rows(jax.random.key(3), tiny.ROWS, 2, 2)):
         grads = gradient(params, {name: field[rows] for name, field in batch.items()})
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    assert largest(ours, start) > 1e-2
-    assert largest(ours, params) < 1e-5
+    assert tiny.largest(ours, start) > 1e-2
+    assert tiny.largest(ours, params) < 1e-5
     assert float(metrics["policy/clipfrac"]) > 0 and float(metrics["val/clipfrac"]) > 0
     assert float(metrics["val/first_ratio_error"]) < 1e-5 < float(metrics["val/ratio_error"])
 
 
 def test_accumulation_changes_nothing(full):
     config = PPOConfig(epochs=2, minibatches=2)
-    experience, _ = experience_of(full, roll(full))
-    (whole, metrics), *others = (run(full, experience, dataclasses.replace(config, accumulation=n)) for n in (1, 2, 4))
-    assert largest(whole, trainable_and_frozen(full)[0]) > 1e-2
+    experience, _ = tiny.experience_of(full, tiny.roll(full))
+    (whole, metrics), *others = (
+        tiny.run(full, experience, dataclasses.replace(config, accumulation=n)) for n in (1, 2, 4)
+    )
+    assert tiny.largest(whole, tiny.trainable_and_frozen(full)[0]) > 1e-2
     for params, parts in others:
-        assert largest(params, whole) < 1e-5
+        assert tiny.largest(params, whole) < 1e-5
         for name in metrics:
             np.testing.assert_allclose(parts[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_prompt_padding_changes_nothing(full):
-    rollout = roll(full)
-    wide = rollout.replace(prompts=np.pad(PROMPTS, ((0, 0), (0, 4)), constant_values=9))
-    (experience, metrics), (padded, padded_metrics) = (experience_of(full, r) for r in (rollout, wide))
+    rollout = tiny.roll(full)
+    wide = rollout.replace(prompts=np.pad(tiny.PROMPTS, ((0, 0), (0, 4)), constant_values=9))
+    (experience, metrics), (padded, padded_metrics) = (tiny.experience_of(full, r) for r in (rollout, wide))
     for field in ("logprobs", "values", "advantages", "returns"):
         np.testing.assert_allclose(getattr(padded, field), getattr(experience, field), rtol=1e-4, atol=1e-5)
     for name in metrics:
         np.testing.assert_allclose(padded_metrics[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    assert largest(run(full, padded, ONCE)[0], run(full, experience, ONCE)[0]) < 1e-5
+    assert tiny.largest(tiny.run(full, padded, tiny.ONCE)[0], tiny.run(full, experience, tiny.ONCE)[0]) < 1e-5
 
 
 def test_garbage_beyond_a_length_changes_nothing(full):
-    experience, _ = experience_of(full, roll(full))
-    beyond = np.arange(COUNT) >= np.asarray(experience.lengths)[:, None]
+    experience, _ = tiny.experience_of(full, tiny.roll(full))
+    beyond = np.arange(tiny.COUNT) >= np.asarray(experience.lengths)[:, None]
     garbage = {
         name: np.where(beyond, fill, getattr(experience, name)).astype(getattr(experience, name).dtype)
         for name, fill in (("tokens", 11), ("logprobs", -7.0), ("values", 50.0), ("advantages", 3.0), ("returns", -9.0))
     }
     assert beyond.any()
-    clean, dirty = run(full, experience, ONCE), run(full, experience.replace(**garbage), ONCE)
-    assert largest(dirty[0], clean[0]) < 1e-6
+    clean, dirty = tiny.run(full, experience, tiny.ONCE), tiny.run(full, experience.replace(**garbage), tiny.ONCE)
+    assert tiny.largest(dirty[0], clean[0]) < 1e-6
     for name in clean[1]:
         np.testing.assert_allclose(dirty[1][name], clean[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
 
@@ -289,30 +262,30 @@ def test_every_epoch_reads_every_row_once_in_its_own_order():
 
 def test_one_program_for_all_iterations_and_the_key_matters(full):
     config = PPOConfig(epochs=2, minibatches=2)
-    update = shared_update(config, full.spec, OPTIMIZER)
-    jax.block_until_ready(run(full, experience_of(full, roll(full))[0], config))
+    update = tiny.shared_update(config, full.spec, tiny.OPTIMIZER)
+    jax.block_until_ready(tiny.run(full, tiny.experience_of(full, tiny.roll(full))[0], config))
     assert update._cache_size() == 1
-    experience, _ = experience_of(full, roll(full))
-    params, frozen = trainable_and_frozen(full)
+    experience, _ = tiny.experience_of(full, tiny.roll(full))
+    params, frozen = tiny.trainable_and_frozen(full)
     after = []
     for key in (0, 1):
         copied = jax.tree.map(jnp.copy, params)
-        state = TrainState(jnp.int32(0), copied, OPTIMIZER.init(copied))
+        state = TrainState(jnp.int32(0), copied, tiny.OPTIMIZER.init(copied))
         state, _ = update(state, frozen, experience, config.kl_coef, jax.random.key(key))
         after.append(jax.tree.map(np.asarray, state.params))
-        second, _ = experience_of(full, roll(full, key=key + 1))
+        second, _ = tiny.experience_of(full, tiny.roll(full, key=key + 1))
         state, _ = update(state, frozen, second, config.kl_coef, jax.random.key(7))
         assert int(state.step) == 8
     assert update._cache_size() == 1
-    assert largest(*after) > 1e-4  # other minibatches
+    assert tiny.largest(*after) > 1e-4  # other minibatches
 
 
 def test_lora_trains_adapters_and_head_and_leaves_the_bases(adapted):
-    params, frozen = trainable_and_frozen(adapted)
+    params, frozen = tiny.trainable_and_frozen(adapted)
     assert {role: set(part) for role, part in params.items()} == {"policy": {"adapters"}, "value": {"adapters", "head"}}
     before = jax.tree.map(np.array, (params, frozen))
-    experience, _ = experience_of(adapted, roll(adapted))
-    after, metrics = run(adapted, experience, ONCE)
+    experience, _ = tiny.experience_of(adapted, tiny.roll(adapted))
+    after, metrics = tiny.run(adapted, experience, tiny.ONCE)
     jax.tree.map(np.testing.assert_array_equal, (params, frozen), before)
     assert jax.tree.structure(after) == jax.tree.structure(params)
     for target, leaf in after["policy"]["adapters"].items():
@@ -324,9 +297,9 @@ def test_lora_trains_adapters_and_head_and_leaves_the_bases(adapted):
 
 
 def test_one_step_raises_the_probability_of_what_was_better_than_expected(full):
-    rollout = roll(full)
-    experience, _ = experience_of(full, rollout)
-    params, _ = run(full, experience, ONCE)
+    rollout = tiny.roll(full)
+    experience, _ = tiny.experience_of(full, rollout)
+    params, _ = tiny.run(full, experience, tiny.ONCE)
     after, _ = score_logprobs(full.spec, params["policy"], rollout, 1)
     assert float(jnp.sum(experience.advantages * (after - experience.logprobs))) > 0
     values = score_values(full.spec, params["value"], rollout, 1)
@@ -337,7 +310,7 @@ def test_one_step_raises_the_probability_of_what_was_better_than_expected(full):
 @pytest.mark.parametrize("critic", ["policy", "shared", "none"])
 def test_one_step_that_scores_itself_is_scoring_and_then_stepping(full, critic):
     """Where a rollout is trained on once, in one step, the single forward pass gives what two give."""
-    config = dataclasses.replace(ONCE, value_coef=0.5, kl_coef=0.3, entropy_coef=0.1, kl_controller="adaptive")
+    config = dataclasses.replace(tiny.ONCE, value_coef=0.5, kl_coef=0.3, entropy_coef=0.1, kl_controller="adaptive")
     roles = full
     if critic == "shared":
         config = dataclasses.replace(config, critic="shared")
@@ -347,8 +320,8 @@ def test_one_step_that_scores_itself_is_scoring_and_then_stepping(full, critic):
         config = dataclasses.replace(config, estimator="rloo", samples=2)
         roles = SimpleNamespace(**vars(full) | {"weights": {"policy": full.weights["policy"]}})
     value = full.spec if critic == "policy" else None
-    rollout, reference = roll(full), {"base": base(7)}
-    scores = np.linspace(-1, 1, ROWS, dtype=np.float32)
+    rollout, reference = tiny.roll(full), {"base": tiny.base(7)}
+    scores = np.linspace(-1, 1, tiny.ROWS, dtype=np.float32)
     ref_logprobs, _ = score_logprobs(full.spec, reference, rollout, 1)
     params = {role: jax.tree.map(jnp.copy, weights) for role, weights in roles.weights.items() if role != "reward"}
     frozen = {role: {} for role in params}
@@ -359,14 +332,14 @@ def test_one_step_that_scores_itself_is_scoring_and_then_stepping(full, critic):
     read = RoleScores(logprobs, ref_logprobs, entropy, values)
     experience, metrics, controllers = make_experience(config, rollout, read, scores, init_controllers(config))
     copied = jax.tree.map(jnp.copy, params)
-    state = TrainState(jnp.int32(0), copied, OPTIMIZER.init(copied), controllers)
-    update = make_update(config, full.spec, value, OPTIMIZER)
+    state = TrainState(jnp.int32(0), copied, tiny.OPTIMIZER.init(copied), controllers)
+    update = make_update(config, full.spec, value, tiny.OPTIMIZER)
     two, updates = update(state, frozen, experience, metrics["objective/kl_coef"], jax.random.key(0))
 
-    state = TrainState(jnp.int32(0), params, OPTIMIZER.init(params), init_controllers(config))
-    at_once = make_single_update(config, full.spec, value, OPTIMIZER)
+    state = TrainState(jnp.int32(0), params, tiny.OPTIMIZER.init(params), init_controllers(config))
+    at_once = make_single_update(config, full.spec, value, tiny.OPTIMIZER)
     one, same, figures = at_once(state, frozen, rollout, ref_logprobs, scores, {})
-    assert largest(one.params, two.params) < 1e-5 and int(one.step) == 1
+    assert tiny.largest(one.params, two.params) < 1e-5 and int(one.step) == 1
     np.testing.assert_allclose(one.controllers.kl_coef, two.controllers.kl_coef, rtol=1e-6)
     np.testing.assert_allclose(same.advantages, experience.advantages, rtol=1e-4, atol=1e-5)
     assert set(figures) == set(metrics | updates)

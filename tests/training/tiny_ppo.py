@@ -88,7 +88,8 @@ def run(roles, experience, config, key=0, optimizer=OPTIMIZER):
     update = shared_update(config, roles.spec, optimizer)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     state, metrics = update(state, frozen, experience, config.kl_coef, jax.random.key(key))
-    assert int(state.step) == config.epochs * config.minibatches
+    assert int(state.step) == int(metrics["policy/updates"])
+    assert config.stops_updates or int(state.step) == config.epochs * config.minibatches
     return state.params, metrics
 
 
