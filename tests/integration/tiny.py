@@ -20,7 +20,11 @@ STAGES = ("prepare", "pretrain", "sft", "sft_control", "reward", "ppo", "memoriz
 TRAINED = ("pretrain", "sft", "sft_control", "reward", "ppo")
 
 # One device, and one thread a program: its bits then depend on nothing but the program.
-ALONE = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+ALONE = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false",
+}
 
 
 def tiny_config(source: str, stages: Iterable[str] = STAGES, lora_rank: int = 0):
