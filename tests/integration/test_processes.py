@@ -1,4 +1,4 @@
-"""Two processes of four devices run the job that one process of eight runs: one writes, each loads its own rows."""
+"""Two processes of two devices run the job that one process of four runs: one writes, each loads its own rows."""
 
 import json
 import socket
@@ -53,15 +53,15 @@ def writes(notes, workdir):
 
 @pytest.fixture(scope="module")
 def jobs(finished, source, tmp_path_factory):
-    """(work directory of one process of eight devices, of two of four, their ends, their notes)."""
+    """(work directory of one process of four devices, of two of two, their ends, their notes)."""
     folder = tmp_path_factory.mktemp("processes")
     extra = "config.stages.ppo.update(batch_size=16, iterations=2)\nconfig.stages.ppo.evaluation.data = ''"
     config = write_config(folder / "job.py", source, stages=("prepare", "pretrain", *STAGES), extra=extra)
     one = copy_stages(finished[0], folder / "one", ("prepare", "pretrain"))
-    done = run_main(config, one, environment={"JAX_NUM_CPU_DEVICES": "8"})
+    done = run_main(config, one, environment={"JAX_NUM_CPU_DEVICES": "4"})
     assert done.status == 0, done.stderr[-3000:]
     two = copy_stages(finished[0], folder / "two", ("prepare", "pretrain"))
-    ends, notes = run_two(config, two, devices=4)
+    ends, notes = run_two(config, two, devices=2)
     assert [end.status for end in ends] == [0, 0], "\n".join(end.stderr[-3000:] for end in ends)
     return one, two, ends, notes
 

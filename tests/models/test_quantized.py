@@ -191,7 +191,9 @@ def gradients(config, params, leaf):
     return jax.jit(jax.value_and_grad(loss))(leaf)
 
 
-@pytest.mark.parametrize("kind, remat", [("int8", "none"), ("nf4", "full"), ("int8", "dots")])
+@pytest.mark.parametrize(
+    "kind, remat", [pytest.param("int8", "none", marks=pytest.mark.slow), ("nf4", "full"), ("int8", "dots")]
+)
 def test_gradients_of_adapters_are_those_on_the_dequantized_base(small, kind, remat):
     config, leaf = dataclasses.replace(CONFIG, remat=remat), adapters(3)
     (loss, ours), (expected, theirs) = (gradients(config, p, leaf) for p in (small[kind], dequantized(small[kind])))
@@ -251,7 +253,7 @@ def test_roles_on_one_quantized_base_are_scored_in_one_pass(small, kind):
 # On a mesh.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_mesh_changes_nothing(base, small, kind):
     mesh, spec = make_mesh(2, 2, 2), RoleSpec(CONFIG, LORA, base=kind)
     there = jax.device_put(base, tree_shardings(base, base_axes(CONFIG), mesh))
@@ -319,7 +321,9 @@ def saved(workdir, name, role):
     return save_role(workdir, name, role)
 
 
-@pytest.mark.parametrize("kind, owner", [("int8", "checkpoint"), ("nf4", "checkpoint"), ("nf4", "stage")])
+@pytest.mark.parametrize(
+    "kind, owner", [("int8", "checkpoint"), pytest.param("nf4", "checkpoint", marks=pytest.mark.slow), ("nf4", "stage")]
+)
 def test_a_quantized_base_is_made_again_from_its_owners(checkpoint, tmp_path, mesh, kind, owner):
     work, bases = tmp_path / "work", {}
     start = load_checkpoint(checkpoint, mesh, bases)

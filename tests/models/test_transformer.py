@@ -200,8 +200,9 @@ def test_remat_changes_no_value_and_no_gradient():
     remat = dataclasses.replace(SMALL, remat="full")
     plain, ours = (jax.jit(jax.value_and_grad(partial(loss, config)))(params) for config in (SMALL, remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
-    assert "remat" in str(jax.make_jaxpr(partial(loss, remat))(params))
-    assert "remat" not in str(jax.make_jaxpr(partial(loss, SMALL))(params))
+    # A remat of whole layers, around those of norms and activations.
+    prints = [str(jax.make_jaxpr(partial(loss, config))(params)).count("remat") for config in (remat, SMALL)]
+    assert prints[0] > prints[1] > 0
 
 
 def test_bfloat16_products_give_float32_logits():

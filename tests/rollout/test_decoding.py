@@ -411,7 +411,9 @@ def test_buckets_change_no_answer_and_compile_one_program_a_width():
 # bfloat16.
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt_neox")), "gemma3"]
+)
 def test_bfloat16_decodes_and_scores_near_float32(name):
     """Within a few of bfloat16's relative steps, 2^-7, of the largest logit; within a fraction of one on average."""
     config = CONFIGS[name]
