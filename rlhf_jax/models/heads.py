@@ -16,5 +16,13 @@ def init_head(width: int, scale: float, *, key: Array) -> dict[str, Array]:
 
 
 def apply_head(head: dict[str, Array], hidden: Array) -> Array:
-    """hidden (B, T, width) -> (B, T) float32."""
-    return jnp.dot(hidden.astype(jnp.float32), head["kernel"])[..., 0] + head["bias"][0]
+    """hidden (B, T, width) -> (B, T) float32.
+
+    The head's leaves take one more leading axis (R, ...) where R divides B, as those of `dense.low_rank` do: rows
+    i * B / R ... (i + 1) * B / R - 1 use head i.
+    """
+    kernel, hidden = head["kernel"], hidden.astype(jnp.float32)
+    if kernel.ndim == 2:
+        return jnp.dot(hidden, kernel)[..., 0] + head["bias"][0]
+    groups = hidden.reshape(kernel.shape[0], -1, hidden.shape[-1])  # (R, B/R * T, width)
+    return (jnp.einsum("gtd,gdo->gto", groups, kernel) + head["bias"][:, None])[..., 0].reshape(hidden.shape[:-1])

@@ -1,0 +1,323 @@
+"""Clipped sums against a loop over units in float64, and what no unit may do to another."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.distributed import make_mesh, place_batch, tree_shardings
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import LoraConfig, TransformerConfig
+from rlhf_jax.models.heads import apply_head, init_head
+from rlhf_jax.models.lora import init_adapters
+from rlhf_jax.models.roles import RoleSpec, init_base, split, weight_axes
+from rlhf_jax.privacy.clipping import ROUNDING_MARGIN, clipped_sum
+from rlhf_jax.stages.reward import reward_objective
+from rlhf_jax.training.gradient import RecordLosses
+from rlhf_jax.training.language_model import sft_objective
+from rlhf_jax.training.preference import PreferenceConfig, preference_objective
+
+SHAPE = TransformerConfig(vocab_size=13, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, context=32)
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "down"))
+ROWS, WIDTH, SEGMENTS = 16, 12, 2
+OUTSIDE = 10**6  # a token that is none: its embedding is NaN
+PRESENT = np.arange(ROWS) % 5 != 2
+PROBLEMS = ("sft", "sft_full", "reward", "dpo")
+BOTH = pytest.mark.parametrize(("name", "backend"), [("reward", "adapters"), ("sft_full", "vmap")])
+
+
+@cache
+def base(seed):
+    params = jax.jit(partial(init_base, SHAPE))(key=jax.random.key(seed))
+    return {**params, "embedding": 10 * params["embedding"]}
+
+
+def adapted(seed):
+    adapters = init_adapters(SHAPE, LORA, key=jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    for leaf in adapters.values():
+        leaf["b"] = jnp.asarray(0.1 * rng.normal(size=leaf["b"].shape), jnp.float32)
+    return adapters
+
+
+def packed_rows(rng):
+    """Two records of unequal lengths a row, padding after them; some tokens are not learned."""
+    tokens, at = rng.integers(0, 13, (ROWS, WIDTH)), np.arange(WIDTH)
+    ends = np.cumsum(rng.integers(1, 7, (ROWS, SEGMENTS)), 1)
+    segments = np.where(at < ends[:, :1], 1, np.where(at < ends[:, 1:], 2, 0))
+    positions = np.where(segments == 2, at - ends[:, :1], at)
+    mask = ((segments > 0) & (rng.random(segments.shape) < 0.8)).astype(np.float32)
+    whole = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "segment_ids": segments, "positions": positions}
+    return {name: x.astype(np.int32) for name, x in whole.items()} | {"loss_mask": mask}
+
+
+def answer_pairs(rng):
+    """A prompt of 1 to 4 tokens with two answers of 1 to 6."""
+    prompts, lengths = rng.integers(1, 5, ROWS), rng.integers(1, 7, (ROWS, 2))
+    tokens = rng.integers(0, 13, (ROWS, 2, WIDTH))
+    at_prompt = np.arange(WIDTH) < prompts[:, None]
+    tokens[:, 1] = np.where(at_prompt, tokens[:, 0], tokens[:, 1])
+    tokens[np.arange(ROWS), 1, prompts] = (tokens[np.arange(ROWS), 0, prompts] + 1) % 13  # answers differ at once
+    answers = np.stack([tokens[i][:, prompts[i] : prompts[i] + 6] for i in range(ROWS)])
+    whole = {"tokens": tokens, "answers": answers, "lengths": lengths, "prompt_lengths": prompts}
+    return {name: x.astype(np.int32) for name, x in whole.items()} | {"weight": np.ones(ROWS, np.float32)}
+
+
+def spec_of(name):
+    """With layers computed again in the backward pass for one problem."""
+    config = dataclasses.replace(SHAPE, remat="full" if name == "reward" else "none")
+    return RoleSpec(config, None if name == "sft_full" else LORA)
+
+
+@cache
+def problem(name):
+    """(objective, trainable, frozen, batch); absent rows of the batch hold tokens that give NaN."""
+    rng = np.random.default_rng(PROBLEMS.index(name))
+    spec = spec_of(name)
+    weights = {"base": base(0)} if name == "sft_full" else {"base": base(0), "adapters": adapted(1)}
+    if name == "reward":
+        weights["head"] = init_head(SHAPE.width, 0.3, key=jax.random.key(2))
+    trainable, frozen = split(spec, weights)
+    if name in ("sft", "sft_full"):
+        objective, batch = sft_objective(spec, SEGMENTS), packed_rows(rng)
+    elif name == "reward":
+        objective, pairs = reward_objective(spec), answer_pairs(rng)
+        ends = pairs["prompt_lengths"][:, None] + pairs["lengths"]
+        batch = {"tokens": pairs["tokens"], "lengths": ends, "weight": pairs["weight"]}
+    else:
+        objective, batch = preference_objective(PreferenceConfig(beta=0.5), spec, None), answer_pairs(rng)
+        batch["reference"] = rng.normal(-10, 2, (ROWS, 2)).astype(np.float32)  # log-probabilities
+        frozen = {"policy": frozen}
+    return objective, trainable, frozen, batch
+
+
+def spoilt(batch, units, rows=1):
+    """The batch with NaN in the forward pass of some units."""
+    tokens = batch["tokens"].copy()
+    tokens.reshape(-1, rows, *tokens.shape[1:])[units] = OUTSIDE
+    return {**batch, "tokens": tokens}
+
+
+@cache
+def unit_gradients(name, rows=1):
+    """The gradient of each unit's loss, by jax.grad on its rows alone: a list of trees in float64."""
+    objective, trainable, frozen, batch = problem(name)
+
+    @jax.jit
+    @jax.grad
+    def gradient(trainable, unit):
+        out = objective(trainable, frozen, unit)
+        return out.losses.sum() / jnp.maximum(out.weights.sum(), 1.0)
+
+    units = [{field: x[i : i + rows] for field, x in batch.items()} for i in range(0, ROWS, rows)]
+    return [jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(trainable, unit)) for unit in units]
+
+
+def norm(tree):
+    return np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree)))
+
+
+@cache
+def median_norm(name, rows=1):
+    return float(np.median([norm(g) for g in unit_gradients(name, rows)]))
+
+
+def expected(name, present, clip_norm, rows=1):
+    """(sum, norms) of a loop over the units, in float64."""
+    grads = unit_gradients(name, rows)
+    norms = np.array([norm(g) for g in grads]) * present
+    factors = present * np.minimum(1.0, clip_norm * (1 - ROUNDING_MARGIN) / np.maximum(norms, 1e-30))
+    return jax.tree.map(lambda *g: sum(f * x for f, x in zip(factors, g, strict=True)), *grads), norms
+
+
+@cache
+def program(name, backend, microbatches=1, rows=1, clip_norm=None):
+    """Clipped at the median norm, unless said."""
+    clip_norm = clip_norm or median_norm(name, rows)
+    objective = problem(name)[0]
+    return jax.jit(clipped_sum(objective, clip_norm, backend=backend, microbatches=microbatches, units_rows=rows))
+
+
+def run(name, batch, present, backend, **options):
+    _, trainable, frozen, _ = problem(name)
+    total, norms = program(name, backend, **options)(trainable, frozen, batch, present)
+    assert jax.tree.structure(total) == jax.tree.structure(trainable)
+    return jax.device_get(total), np.asarray(norms)
+
+
+def difference(a, b):
+    """Largest difference over the largest entry."""
+    leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(np.abs(x - y).max() for x, y in leaves) / max(np.abs(y).max() for _, y in leaves)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "microbatches", "rows"),
+    [
+        ("sft", "vmap", 1, 1),
+        ("sft", "adapters", 4, 2),
+        ("sft_full", "vmap", 2, 1),
+        ("reward", "vmap", 4, 1),
+        ("reward", "adapters", 2, 1),
+        ("dpo", "adapters", 1, 1),
+    ],
+)
+def test_the_sum_is_that_of_a_loop_over_units(name, backend, microbatches, rows):
+    present, clip_norm = PRESENT[: ROWS // rows], median_norm(name, rows)
+    batch = spoilt(problem(name)[3], ~present, rows)
+    total, norms = run(name, batch, present, backend, microbatches=microbatches, rows=rows)
+    truth, true_norms = expected(name, present, clip_norm, rows)
+    assert 0 < np.sum(true_norms > clip_norm) < present.sum()
+    assert difference(total, truth) < 1e-6
+    assert difference(norms, true_norms) < 1e-6
+
+
+@BOTH
+def test_no_unit_adds_more_than_the_clip_norm(name, backend):
+    batch, clip_norm = problem(name)[3], median_norm(name)
+    for unit in range(ROWS):
+        alone = np.arange(ROWS) == unit
+        total, norms = run(name, batch, alone, backend, microbatches=2)
+        assert norm(total) <= clip_norm
+        assert norm(total) > min(norms[unit], clip_norm) * (1 - 2 * ROUNDING_MARGIN)
+
+
+@BOTH
+def test_a_unit_that_is_not_finite_counts_zero(name, backend):
+    batch, everyone = problem(name)[3], np.ones(ROWS, bool)
+    bad = np.isin(np.arange(ROWS), [3, 8])
+    total, norms = run(name, spoilt(batch, bad), everyone, backend, microbatches=2)
+    without, sound_norms = run(name, batch, ~bad, backend, microbatches=2)
+    assert_same(total, without)
+    np.testing.assert_array_equal(norms, np.where(bad, np.inf, sound_norms))
+
+
+@BOTH
+def test_what_one_record_holds_does_not_change_another_s_share(name, backend):
+    batch = problem(name)[3]
+    changed = {field: x.copy() for field, x in batch.items()}
+    for x in changed.values():
+        x[5] = x[6]
+    everyone, others = np.ones(ROWS, bool), np.arange(ROWS) != 5
+    (total, norms), (other, other_norms) = (
+        run(name, rows, everyone, backend, microbatches=2) for rows in (batch, changed)
+    )
+    np.testing.assert_array_equal(norms[others], other_norms[others])
+    assert norms[5] != other_norms[5] and difference(total, other) > 1e-3
+    shares = [run(name, rows, others, backend, microbatches=2)[0] for rows in (batch, changed)]
+    assert_same(*shares)
+
+
+def linear(trainable, frozen, batch):
+    """The gradient of a row is the row over the unit's weight."""
+    losses = batch["x"] @ trainable["adapters"] + batch["y"] @ trainable["head"]
+    return RecordLosses(losses, batch["weight"], {})
+
+
+def linear_run(x, y, weight, present, clip_norm=1.0, dtype=jnp.float32, **options):
+    batch = {"x": np.float32(x), "y": np.float32(y), "weight": np.float32(weight)}
+    trainable = {"adapters": jnp.zeros(len(x[0]), dtype), "head": jnp.zeros(len(y[0]), dtype)}
+    total, norms = clipped_sum(linear, clip_norm, **options)(trainable, {}, batch, np.array(present))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(total))
+    return total["adapters"], total["head"], norms
+
+
+def test_all_trainable_weights_are_one_vector():
+    a, b, norms = linear_run([[3.0], [0.3]], [[4.0], [0.4]], [1, 1], [True, True])
+    np.testing.assert_allclose(norms, [5.0, 0.5])
+    np.testing.assert_allclose([a[0], b[0]], [0.6 + 0.3, 0.8 + 0.4], rtol=2e-6)
+
+
+def test_an_infinite_norm_clips_nothing():
+    a, b, norms = linear_run([[3e9], [0.0], [0.0]], [[0.0], [4e5], [0.0]], [1, 1, 1], [True] * 3, float("inf"))
+    np.testing.assert_array_equal(norms, np.float32([3e9, 4e5, 0.0]))
+    np.testing.assert_array_equal([a[0], b[0]], np.float32([3e9, 4e5]))
+
+
+def test_a_unit_divides_by_its_own_weight():
+    """Units of two rows: (1 + 2) / 4 and (8 + 0) / 2; one of no weight has no loss and no gradient."""
+    a, _, norms = linear_run(
+        [[1.0], [2.0], [8.0], [0.0], [0.0], [0.0]], np.zeros((6, 1)), [1, 3, 1, 1, 0, 0], [True] * 3, 10.0, units_rows=2
+    )
+    np.testing.assert_allclose(norms, [0.75, 4.0, 0.0])
+    np.testing.assert_allclose(a, [4.75])
+
+
+def test_sums_are_float32_where_weights_are_bfloat16():
+    x = np.full((1024, 1), 1e-3)
+    a, _, _ = linear_run(x, np.zeros((1024, 1)), np.ones(1024), [True] * 1024, dtype=jnp.bfloat16, microbatches=256)
+    np.testing.assert_allclose(a, [1.024], rtol=2**-8)
+
+
+def test_a_gradient_too_large_for_float32_counts_zero():
+    a, _, norms = linear_run([[1e30], [0.5]], np.zeros((2, 1)), [1, 1], [True, True])
+    np.testing.assert_array_equal(norms, [np.inf, 0.5])
+    np.testing.assert_array_equal(a, [0.5])
+
+
+@pytest.mark.parametrize("backend", ["vmap", "adapters"])
+def test_microbatches_without_a_present_unit_are_skipped(backend):
+    ran = []
+
+    def counted(trainable, frozen, batch):
+        jax.debug.callback(lambda: ran.append(1))
+        weights = batch["x"] * 0 + 1
+        return RecordLosses(jnp.sum(trainable["head"] * batch["x"][:, None], -1), weights, {})
+
+    total = jax.jit(clipped_sum(counted, 100.0, backend=backend, microbatches=4))
+    x, units = np.arange(1.0, 9.0, dtype=np.float32), np.arange(8)
+    for parts in ([], [2], [0, 3]):
+        ran.clear()
+        present = np.isin(units % 4, parts) & (units > 2)
+        summed, norms = total({"head": jnp.zeros(1)}, {}, {"x": x}, present)
+        jax.effects_barrier()
+        assert len(ran) == len(parts)
+        np.testing.assert_allclose(summed["head"], [x[present].sum()])
+        np.testing.assert_allclose(norms, x * present)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "shape"), [("reward", "adapters", (2, 2, 2)), ("sft_full", "vmap", (4, 2, 1))]
+)
+def test_the_sum_is_the_same_on_every_mesh(name, backend, shape):
+    _, trainable, frozen, batch = problem(name)
+    spec, mesh = spec_of(name), make_mesh(*shape)
+    alone, norms = run(name, batch, PRESENT, backend, microbatches=2)
+    with jax.set_mesh(mesh):
+        here = [jax.device_put(w, tree_shardings(w, weight_axes(spec, w), mesh)) for w in (trainable, frozen)]
+        rows = place_batch(ROWS, lambda mine: {f: x[mine] for f, x in (batch | {"present": PRESENT}).items()}, mesh)
+        present = rows.pop("present")
+        spread, spread_norms = program(name, backend, microbatches=2)(*here, rows, present)
+    assert difference(jax.device_get(spread), alone) < 1e-6
+    np.testing.assert_allclose(spread_norms, norms, rtol=1e-6)
+
+
+def test_a_head_for_each_group_of_rows():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(6, 5, 4)).astype(np.float32)
+    heads = {
+        "kernel": rng.normal(size=(3, 4, 1)).astype(np.float32),
+        "bias": rng.normal(size=(3, 1)).astype(np.float32),
+    }
+    each = [apply_head({k: x[i] for k, x in heads.items()}, hidden[2 * i : 2 * i + 2]) for i in range(3)]
+    np.testing.assert_allclose(apply_head(heads, hidden), np.concatenate(each), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_clipped_is_refused():
+    for clip_norm in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="clip_norm is .*: give a norm above 0"):
+            clipped_sum(linear, clip_norm)
+    with pytest.raises(ValueError, match='unknown back end "ghost"'):
+        clipped_sum(linear, 1.0, backend="ghost")
+    with pytest.raises(ValueError, match="3 units do not divide over 2 microbatches"):
+        linear_run(np.ones((3, 1)), np.ones((3, 1)), np.ones(3), [True] * 3, microbatches=2)
+    objective, trainable, frozen, batch = problem("sft_full")
+    with pytest.raises(ValueError, match=r"adapters and heads alone, not of \['base'\]\['embedding'\]"):
+        clipped_sum(objective, 1.0, backend="adapters")(trainable, frozen, batch, np.ones(ROWS, bool))
