@@ -61,6 +61,7 @@ def test_training_starts_at_the_reference_and_learns_the_preference(job):
     assert figures["accuracy"] > 0.7
 
 
+@pytest.mark.slow
 def test_a_reference_scored_in_each_step_gives_the_metrics_of_one_scored_before(job, tmp_path):
     config, before = job
     workdir = copy_stages(before, tmp_path / "work", BEFORE)

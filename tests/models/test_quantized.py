@@ -219,7 +219,8 @@ def test_a_step_holds_no_full_precision_copy_of_the_stack():
         assert compiled.memory_analysis().temp_size_in_bytes < matrices / 2  # a few layers' worth, of 8
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_generation_samples_from_the_scored_distribution(small, kind):
     """Answers with adapters merged, apart and merged before agree, and decoding's log-probabilities with scoring's."""
     spec, leaf = RoleSpec(CONFIG, LORA, base=kind), adapters(5)

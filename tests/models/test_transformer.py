@@ -151,7 +151,10 @@ def test_packed_records_read_as_if_alone():
         at += len(record)
 
 
-@pytest.mark.parametrize("change", [{}, {"parallel": True, "windows": (0, 3)}, {"layers": 1, "remat": "full"}])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param({}, marks=pytest.mark.slow), {"parallel": True, "windows": (0, 3)}, {"layers": 1, "remat": "full"}],
+)
 def test_states_at_some_positions_and_their_gradients_are_those_of_all(change):
     config = dataclasses.replace(SMALL, **change)
     params, tokens = weights(config), random_tokens(2)

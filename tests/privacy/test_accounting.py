@@ -121,7 +121,7 @@ def test_each_adjacency_has_its_figure():
     ("batch", "adjacency", "figure"),
     [
         (288, "add_or_remove", 4.910),
-        (320, "add_or_remove", 4.002),
+        pytest.param(320, "add_or_remove", 4.002, marks=pytest.mark.slow),
         (288, "replace_one", 8.604),
         pytest.param(304, "add_or_remove", 4.071, marks=pytest.mark.slow),
         pytest.param(352, "add_or_remove", 4.000, marks=pytest.mark.slow),
@@ -192,7 +192,7 @@ def test_noise_for_the_same_number_of_updates_from_fewer_rollouts(uses, noise):
     [
         (0.02048, 4883, 4e-5, 4.0, 1.6158),
         (0.04096, 977, 4e-5, 1.0, 4.4669),
-        (0.00512, 1953, 1 / 479000, 2.0, 0.8521),
+        pytest.param(0.00512, 1953, 1 / 479000, 2.0, 0.8521, marks=pytest.mark.slow),
         pytest.param(0.02048, 4883, 4e-5, 8.0, 1.0542, marks=pytest.mark.slow),
         pytest.param(4096 / 179000, 2185, 1 / 479000, 4.0, 1.4483, marks=pytest.mark.slow),
         pytest.param(0.00128, 781, 1 / 479000, 8.0, 0.4089, marks=pytest.mark.slow),
@@ -223,10 +223,15 @@ def test_calibrated_noise_never_spends_more_than_the_target(target, extra):
 @pytest.mark.parametrize(
     ("stages", "delta", "figure"),
     [
-        ([(0.00512, 0.6813, 1953), (4096 / 179000, 1.4483, 2185), (0.00128, 0.5074, 781)], 1 / 479000, 6.03),
-        ([(0.04096, 1.4981, 977), (0.02048, 1.6158, 4883)], 4e-5, 5.98),
+        pytest.param(
+            [(0.00512, 0.6813, 1953), (4096 / 179000, 1.4483, 2185), (0.00128, 0.5074, 781)],
+            1 / 479000,
+            6.03,
+            id="three stages",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param([(0.04096, 1.4981, 977), (0.02048, 1.6158, 4883)], 4e-5, 5.98, id="two stages"),
     ],
-    ids=["three stages", "two stages"],
 )
 def test_stages_of_epsilon_four_over_the_same_people(stages, delta, figure):
     """The figures are rounded up; dp-accounting's own ledger is the oracle."""

@@ -164,7 +164,7 @@ def assert_same(a, b):
         ("sft", "vmap", 1, 1),
         ("sft", "adapters", 4, 2),
         ("sft_full", "vmap", 2, 1),
-        ("reward", "vmap", 4, 1),
+        pytest.param("reward", "vmap", 4, 1, marks=pytest.mark.slow),
         ("reward", "adapters", 2, 1),
         ("dpo", "adapters", 1, 1),
     ],
@@ -284,7 +284,8 @@ def test_microbatches_without_a_present_unit_are_skipped(backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "shape"), [("reward", "adapters", (2, 2, 2)), ("sft_full", "vmap", (4, 2, 1))]
+    ("name", "backend", "shape"),
+    [("reward", "adapters", (2, 2, 2)), pytest.param("sft_full", "vmap", (4, 2, 1), marks=pytest.mark.slow)],
 )
 def test_the_sum_is_the_same_on_every_mesh(name, backend, shape):
     _, trainable, frozen, batch = problem(name)

@@ -315,7 +315,7 @@ def adapters_of(seed):
     return scaled(adapters, lora)
 
 
-@pytest.mark.parametrize("members", [2, 4])
+@pytest.mark.parametrize("members", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_stacked_adapters_answer_as_each_alone(params, members):
     each = [adapters_of(seed) for seed in range(members)]
     together = sample(params, key=8, adapters=jax.tree.map(lambda *x: np.stack(x), *each))

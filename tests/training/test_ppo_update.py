@@ -307,7 +307,7 @@ def test_one_step_raises_the_probability_of_what_was_better_than_expected(full):
     assert error[0] < error[1]
 
 
-@pytest.mark.parametrize("critic", ["policy", "shared", "none"])
+@pytest.mark.parametrize("critic", ["policy", pytest.param("shared", marks=pytest.mark.slow), "none"])
 def test_one_step_that_scores_itself_is_scoring_and_then_stepping(full, critic):
     """Where a rollout is trained on once, in one step, the single forward pass gives what two give."""
     config = dataclasses.replace(tiny.ONCE, value_coef=0.5, kl_coef=0.3, entropy_coef=0.1, kl_controller="adaptive")
