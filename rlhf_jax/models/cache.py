@@ -58,9 +58,7 @@ def _attend_whole(
     )
 
 
-def whole_attention(
-    config: TransformerConfig, positions: Array, segment_ids: Array | None, window: int
-) -> Callable[[Array, Array, Array], Array]:
+def whole_attention(config: TransformerConfig, positions: Array, segment_ids: Array | None, window: int) -> Attention:
     """Attention of whole rows, in a layer with `window`."""
     turn = rotary.table(config, positions, windowed=window > 0)
 

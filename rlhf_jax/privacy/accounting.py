@@ -218,9 +218,8 @@ def noise_multiplier(
     if steps < 1:
         raise UserError(f"steps is {steps}: noise is calibrated for at least 1 step")
     mechanism = Mechanism(sampling_rate, 1.0, steps, uses, physical_batch, records)
-    window = EPSILON_WINDOW * min(1.0, epsilon)
-
     _check(delta, adjacency)
+    window = EPSILON_WINDOW * min(1.0, epsilon)
 
     def spent(noise, coarser=1.0):
         return _composed_epsilon((replace(mechanism, noise_multiplier=noise),), delta, adjacency, coarser)
