@@ -20,8 +20,8 @@ class PoissonBatches:
       sampling_rate: q, above 0 and at most 1.
       physical_batch: rows of every batch (`recommended_batch`).
       key_words: secret words of 32 bits, of this stage and run alone.
-      microbatches: a divisor of `physical_batch`. Row i is of microbatch i mod `microbatches`, and the present rows
-        fill microbatch after microbatch, so that those of padding alone can be skipped.
+      accumulation: microbatches, a divisor of `physical_batch`. Row i is of microbatch i mod `accumulation`, and the
+        present rows fill microbatch after microbatch, so that those of padding alone can be skipped.
 
     Raises:
       UserError: a number out of range.
@@ -33,21 +33,21 @@ class PoissonBatches:
         sampling_rate: float,
         physical_batch: int,
         key_words: Sequence[int],
-        microbatches: int = 1,
+        accumulation: int = 1,
     ):
         if records < 1 or physical_batch < 1:
             raise UserError(f"records is {records} and physical_batch is {physical_batch}: give at least 1 of each")
         if not 0 < sampling_rate <= 1:
             raise UserError(f"sampling_rate is {sampling_rate:g}: give a rate above 0 and at most 1")
-        if physical_batch % microbatches:
+        if physical_batch % accumulation:
             raise UserError(
-                f"physical_batch is {physical_batch}, which {microbatches} microbatches do not divide: "
-                f"make it a multiple of {microbatches}"
+                f"physical_batch is {physical_batch}, which {accumulation} microbatches do not divide: "
+                f"make it a multiple of {accumulation}"
             )
         self.records, self.sampling_rate, self.physical_batch = records, sampling_rate, physical_batch
         secret = b"poisson batches" + np.asarray(key_words, "<u4").tobytes()
         self._key = np.frombuffer(hashlib.sha256(secret).digest()[:16], "<u8").astype(np.uint64)
-        self._places = np.arange(physical_batch).reshape(-1, microbatches).T.reshape(-1)  # in the order they are filled
+        self._places = np.arange(physical_batch).reshape(-1, accumulation).T.reshape(-1)  # in the order they are filled
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Record numbers (physical_batch,) int64 of a step's batch, 0 where absent, and present (physical_batch,)."""

@@ -4,73 +4,97 @@ A unit is what privacy hides: a record, or several rows that belong together. Al
 vector, so one norm bounds what a unit can change anywhere. An objective may read nothing across units.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.objectives.records import Objective, RecordLosses, microbatches
 
 Array = jax.Array
 Tree = Any
 
-# (trainable, frozen, batch) -> losses and weights with the batch's rows in front (`training.gradient.RecordLosses`)
-Objective = Callable[[Tree, Tree, Tree], Any]
-# (trainable, frozen, batch, present (units,) bool) -> (sum shaped like trainable, float32; norms (units,) float32)
-ClippedSum = Callable[[Tree, Tree, Tree, Array], tuple[Tree, Array]]
+Bounds = float | Mapping[str, float]  # one for the whole vector, or one for each top-level part of the trainable tree
 
 ROUNDING_MARGIN = 1e-6  # relative, of the clip norm: above what float32 does to a norm and to a scaled gradient
 
 
+class Clipped(NamedTuple):
+    """What a batch's units add up to.
+
+    Attributes:
+      total: float32, shaped like trainable; no more than `sensitivity` of it comes from any unit.
+      norms: (units,) float32, each unit's norm before the clip: 0 where absent, infinite where it was not finite.
+      losses: (units,) float32, each unit's own loss; 0 where absent.
+    """
+
+    total: Tree
+    norms: Array
+    losses: Array
+
+
+# (trainable, frozen, batch, present (units,) bool) -> Clipped
+ClippedSum = Callable[[Tree, Tree, Tree, Array], Clipped]
+
+
+def sensitivity(clip_norm: Bounds) -> float:
+    """How far one unit can move a clipped sum: the bound, or the root of the parts' squared bounds."""
+    return math.sqrt(sum(bound**2 for bound in clip_norm.values())) if isinstance(clip_norm, Mapping) else clip_norm
+
+
 def clipped_sum(
-    objective: Objective, clip_norm: float, *, backend: str = "vmap", microbatches: int = 1, units_rows: int = 1
+    objective: Objective, clip_norm: Bounds, *, backend: str = "vmap", accumulation: int = 1, units_rows: int = 1
 ) -> ClippedSum:
     """The sum over units of min(1, clip_norm / |g|) g, with g the gradient of a unit's own loss (Abadi et al., 2016).
 
     A unit's loss is the sum of its rows' losses over the sum of its rows' weights: no other unit is in it. A unit that
     is absent counts zero, and so does one whose loss or gradient is not finite. Microbatches run one after the other,
-    unit i in microbatch i mod `microbatches`, and one without any present unit is skipped.
+    unit i in microbatch i mod `accumulation`, and one without any present unit is skipped.
 
     Args:
       objective: of `units_rows` * units rows; rows i * units_rows ... (i + 1) * units_rows - 1 are unit i.
-      clip_norm: C above 0; infinity clips nothing.
+      clip_norm: C above 0; infinity clips nothing. Of several parts, such as a policy and its critic, each part of g is
+        clipped to its own.
       backend: a name of `BACKENDS`.
-      microbatches: a divisor of the number of units.
+      accumulation: how many microbatches; a divisor of the number of units.
 
     Returns:
-      A function (trainable, frozen, batch, present) -> (sum, norms): a float32 tree shaped like trainable, of no more
-      than C for each unit, and each unit's norm before the clip: 0 where absent, infinite where it was not finite.
+      The function (trainable, frozen, batch, present) -> `Clipped`.
 
     Raises:
       UserError: a clip norm that is not above 0.
       ValueError: an unknown back end, or units that do not divide over the microbatches (when called).
     """
-    if not clip_norm > 0:
-        raise UserError(f"clip_norm is {clip_norm:g}: give a norm above 0")
+    for bound in clip_norm.values() if isinstance(clip_norm, Mapping) else (clip_norm,):
+        if not bound > 0:
+            raise UserError(f"clip_norm is {bound:g}: give a norm above 0")
     if backend not in BACKENDS:
         raise ValueError(f'unknown back end "{backend}" of clipped gradients: one of {", ".join(BACKENDS)}')
     part_sum = BACKENDS[backend](objective, clip_norm, units_rows)
 
-    def summed(trainable: Tree, frozen: Tree, batch: Tree, present: Array) -> tuple[Tree, Array]:
+    def summed(trainable: Tree, frozen: Tree, batch: Tree, present: Array) -> Clipped:
         units = present.shape[0]
-        if units % microbatches:
-            raise ValueError(f"{units} units do not divide over {microbatches} microbatches")
+        if units % accumulation:
+            raise ValueError(f"{units} units do not divide over {accumulation} microbatches")
         zero = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.float32), trainable)
 
-        def add(total: Tree, inputs: tuple[Tree, Array]) -> tuple[Tree, Array]:
+        def add(total: Tree, inputs: tuple[Tree, Array]) -> tuple[Tree, tuple[Array, Array]]:
             part, here = inputs
 
-            def added() -> tuple[Tree, Array]:
-                more, norms = part_sum(trainable, frozen, part, here)
-                return jax.tree.map(jnp.add, total, more), norms
+            def added() -> tuple[Tree, tuple[Array, Array]]:
+                more = part_sum(trainable, frozen, part, here)
+                return jax.tree.map(jnp.add, total, more.total), (more.norms, more.losses)
 
-            return jax.lax.cond(jnp.any(here), added, lambda: (total, jnp.zeros(here.shape, jnp.float32)))
+            nothing = jnp.zeros(here.shape, jnp.float32)
+            return jax.lax.cond(jnp.any(here), added, lambda: (total, (nothing, nothing)))
 
-        parts = jax.tree.map(lambda x: _split(_by_unit(x, units_rows), microbatches), batch)
+        parts = microbatches(jax.tree.map(lambda x: _by_unit(x, units_rows), batch), accumulation)
         parts = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), parts)  # rows again
-        total, norms = jax.lax.scan(add, zero, (parts, _split(present, microbatches)))
-        return total, norms.T.reshape(-1)
+        total, figures = jax.lax.scan(add, zero, (parts, microbatches(present, accumulation)))
+        return Clipped(total, *(x.T.reshape(-1) for x in figures))
 
     return summed
 
@@ -80,12 +104,7 @@ def _by_unit(x: Array, rows: int) -> Array:
     return x.reshape(x.shape[0] // rows, rows, *x.shape[1:])
 
 
-def _split(x: Array, count: int) -> Array:
-    """(units, ...) -> (count, units / count, ...), unit i to part i mod count: units stay on their devices."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-
-
-def _unit_losses(out: Any, units: int) -> Array:
+def _unit_losses(out: RecordLosses, units: int) -> Array:
     """(units,) losses, each over the unit's own weight; 0 for a unit of weight 0."""
     losses, weights = (x.reshape(units, -1).sum(-1) for x in (out.losses, out.weights))
     return losses / jnp.where(weights == 0, 1.0, weights)
@@ -96,36 +115,57 @@ def _over(factor: Array, leaf: Array) -> Array:
     return factor.reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def clip_factors(losses: Array, norms: Array, present: Array, clip_norm: float) -> tuple[Array, Array]:
-    """What each unit's gradient is multiplied with, and norms as they are reported, both (units,) float32.
+def by_part(clip_norm: Bounds, tree: Tree) -> list[tuple[float, Tree]]:
+    """(bound, the part of the tree that it clips) for every bound."""
+    if not isinstance(clip_norm, Mapping):
+        return [(clip_norm, tree)]
+    return [(bound, tree[name]) for name, bound in clip_norm.items()]
 
-    A unit that counts zero has the factor 0; as its gradient may be infinite, it must be masked by that and not only
-    multiplied.
+
+def clip_factors(norms: Array, counts: Array, clip_norm: float) -> Array:
+    """What gradients of the given norms are multiplied with: (units,), 0 where a unit does not count.
+
+    As the gradient of a unit that does not count may be infinite, it must be masked and not only multiplied.
     """
-    finite = jnp.isfinite(losses) & jnp.isfinite(norms)
     bound = clip_norm * (1.0 - ROUNDING_MARGIN)
     factors = jnp.where(norms <= bound, 1.0, bound / norms)  # an infinite bound is above every finite norm
-    return jnp.where(finite & present, factors, 0.0), jnp.where(present, jnp.where(finite, norms, jnp.inf), 0.0)
+    return jnp.where(counts, factors, 0.0)
 
 
-def _clip_and_sum(losses: Array, grads: Tree, present: Array, clip_norm: float) -> tuple[Tree, Array]:
+def whole_norms(squares: Sequence[Array], losses: Array, present: Array) -> tuple[Array, Array]:
+    """From each part's squared norms: whether a unit counts, and its norm as it is reported, both (units,)."""
+    norms = jnp.sqrt(sum(squares))
+    finite = jnp.isfinite(losses) & jnp.isfinite(norms)
+    return finite & present, jnp.where(present, jnp.where(finite, norms, jnp.inf), 0.0)
+
+
+def _clip_and_sum(losses: Array, grads: Tree, present: Array, clip_norm: Bounds) -> Clipped:
     """The clipped sum of gradients that stand in leaves (units, ...).
 
     Products and sums are elementwise: a matrix product would round to bfloat16 or TF32 on an accelerator, and a norm
     could end above the clip.
     """
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)]
-    factors, norms = clip_factors(losses, jnp.sqrt(sum(squares)), present, clip_norm)
 
-    def total(g: Array) -> Array:
-        factor = _over(factors, g)
-        return jnp.sum(jnp.where(factor > 0, g, 0.0) * factor, axis=0)
+    def square(part: Tree) -> Array:
+        each = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(part)]
+        return sum(each[1:], each[0])
 
-    return jax.tree.map(total, grads), norms
+    squares = [square(part) for _, part in by_part(clip_norm, grads)]
+    counts, norms = whole_norms(squares, losses, present)
+
+    def total(part: Tree, squared: Array, bound: float) -> Tree:
+        factors = clip_factors(jnp.sqrt(squared), counts, bound)
+        return jax.tree.map(lambda g: jnp.sum(jnp.where(_over(counts, g), g, 0.0) * _over(factors, g), axis=0), part)
+
+    totals = [
+        total(part, squared, bound) for (bound, part), squared in zip(by_part(clip_norm, grads), squares, strict=True)
+    ]
+    whole = dict(zip(clip_norm, totals, strict=True)) if isinstance(clip_norm, Mapping) else totals[0]
+    return Clipped(whole, norms, jnp.where(present, losses, 0.0))
 
 
-def _vmap_sum(objective: Objective, clip_norm: float, rows: int) -> ClippedSum:
+def _vmap_sum(objective: Objective, clip_norm: Bounds, rows: int) -> ClippedSum:
     """One gradient a unit, from batches of that unit alone: for any trainable tree, units times its size in memory."""
 
     def loss(trainable: Tree, frozen: Tree, unit: Tree) -> tuple[Array, Array]:
@@ -134,21 +174,21 @@ def _vmap_sum(objective: Objective, clip_norm: float, rows: int) -> ClippedSum:
 
     gradients = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(None, None, 0))
 
-    def summed(trainable: Tree, frozen: Tree, batch: Tree, present: Array) -> tuple[Tree, Array]:
+    def summed(trainable: Tree, frozen: Tree, batch: Tree, present: Array) -> Clipped:
         grads, losses = gradients(trainable, frozen, jax.tree.map(lambda x: _by_unit(x, rows), batch))
         return _clip_and_sum(losses, grads, present, clip_norm)
 
     return summed
 
 
-def _adapters_sum(objective: Objective, clip_norm: float, rows: int) -> ClippedSum:
+def _adapters_sum(objective: Objective, clip_norm: Bounds, rows: int) -> ClippedSum:
     """One pass over the whole microbatch, with a copy of the adapters and heads for each unit.
 
     The model reads them with a leading axis, so the gradient of the summed loss with respect to the copies is each
     unit's own. It costs what a plain gradient costs, whatever the layers save or compute again.
     """
 
-    def summed(trainable: Tree, frozen: Tree, batch: Tree, present: Array) -> tuple[Tree, Array]:
+    def summed(trainable: Tree, frozen: Tree, batch: Tree, present: Array) -> Clipped:
         _check_adapters(trainable)
         units = present.shape[0]
 
@@ -172,4 +212,4 @@ def _check_adapters(trainable: Tree) -> None:
 
 
 # name -> (objective, clip norm, rows a unit) -> the clipped sum of one microbatch
-BACKENDS: dict[str, Callable[[Objective, float, int], ClippedSum]] = {"vmap": _vmap_sum, "adapters": _adapters_sum}
+BACKENDS: dict[str, Callable[[Objective, Bounds, int], ClippedSum]] = {"vmap": _vmap_sum, "adapters": _adapters_sum}

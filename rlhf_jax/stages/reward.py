@@ -24,6 +24,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, training_passes
 from rlhf_jax.objectives import bradley_terry_loss
+from rlhf_jax.objectives.records import Objective, RecordLosses
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
 from rlhf_jax.rollout.scoring import last_scores
@@ -32,7 +33,7 @@ from rlhf_jax.stages.reward_calibration import Asked, calibrate
 from rlhf_jax.stages.reward_labels import label_objective, labelled_texts, place_windows, show_window
 from rlhf_jax.stages.train import accuracy_figures, prepare, steps_of, train
 from rlhf_jax.training.artifacts import Role, continue_role, role_memory, save_role
-from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, plain_gradient
+from rlhf_jax.training.gradient import mean_metrics, plain_gradient
 from rlhf_jax.training.randomness import order_seed
 
 Pairs = dict[str, np.ndarray]

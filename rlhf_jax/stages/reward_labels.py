@@ -12,9 +12,9 @@ from rlhf_jax.data.examples import Example, show_example
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import place_batch
 from rlhf_jax.models.roles import RoleSpec
+from rlhf_jax.objectives.records import Objective, RecordLosses
 from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
-from rlhf_jax.training.gradient import Objective, RecordLosses
 
 Texts = dict[str, np.ndarray]
 

@@ -1,42 +1,19 @@
-"""From losses per record to a gradient: the one function that privacy would exchange."""
+"""From losses per record to a gradient: the one function that `privacy.gradient` exchanges."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from rlhf_jax.objectives.records import Objective, microbatches
 
 Array = jax.Array
 Tree = Any
 
 
-class RecordLosses(struct.PyTreeNode):
-    """What an objective returns: one loss a record and that record's share of the global denominator.
-
-    Attributes:
-      losses: one entry a record, any shape; summed over the record's tokens, not averaged.
-      weights: same shape; the record's tokens (or 1), 0 for padding records.
-      metrics: {name: (sum, count)}, both () float32; a metric is its global sum over its global count.
-    """
-
-    losses: Array
-    weights: Array
-    metrics: dict[str, tuple[Array, Array]]
-
-
-# (trainable, frozen, batch) -> RecordLosses
-Objective = Callable[[Tree, Tree, Tree], RecordLosses]
 # (trainable, frozen, batch) -> (gradient shaped like trainable, float32 or wider; metrics)
 GradientFunction = Callable[[Tree, Tree, Tree], tuple[Tree, dict[str, Array]]]
-
-
-def microbatches(batch: Tree, count: int) -> Tree:
-    """Splits the rows of a batch: (B, ...) -> (count, B / count, ...), row i to microbatch i mod count.
-
-    Strided, so that rows sharded in contiguous blocks stay on their devices.
-    """
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0), batch)
 
 
 def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunction:

@@ -7,7 +7,7 @@ import jax
 from rlhf_jax.models.roles import RoleSpec, hidden_states
 from rlhf_jax.models.transformer import output_kernel
 from rlhf_jax.objectives.language_model import segment_totals, token_logprobs
-from rlhf_jax.training.gradient import Objective, RecordLosses
+from rlhf_jax.objectives.records import Objective, RecordLosses
 
 
 def sft_objective(spec: RoleSpec, segments: int) -> Objective:

@@ -14,6 +14,7 @@ import optax
 from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.objectives import kl_estimate, ppo_policy_loss, ppo_value_loss, sequence_logprobs
+from rlhf_jax.objectives.records import Objective, RecordLosses, microbatches
 from rlhf_jax.rollout.generate import Rollout
 from rlhf_jax.rollout.scoring import (
     RoleScores,
@@ -25,7 +26,7 @@ from rlhf_jax.rollout.scoring import (
     with_end_token,
 )
 from rlhf_jax.training.experience import Experience, PPOConfig, answer_mask, make_experience
-from rlhf_jax.training.gradient import Objective, RecordLosses, mean_metrics, microbatches, plain_gradient, widened
+from rlhf_jax.training.gradient import mean_metrics, plain_gradient, widened
 from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.state import TrainState, apply_gradient
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.objectives import dpo_loss, hinge_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
+from rlhf_jax.objectives.records import Objective, RecordLosses, microbatches
 from rlhf_jax.rollout.scoring import row_logprobs
-from rlhf_jax.training.gradient import GradientFunction, Objective, RecordLosses, microbatches, plain_gradient
+from rlhf_jax.training.gradient import GradientFunction, plain_gradient
 from rlhf_jax.validation import REFERENCE_FREE
 
 Array = jax.Array

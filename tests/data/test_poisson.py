@@ -98,7 +98,7 @@ def test_at_rate_one_everybody_is_present():
 
 def test_padding_fills_whole_microbatches():
     """Row i is of microbatch i mod 4: 25 present rows of 40 leave the last microbatch without one."""
-    batches = PoissonBatches(RECORDS, RATE, 40, WORDS, microbatches=4)
+    batches = PoissonBatches(RECORDS, RATE, 40, WORDS, accumulation=4)
     plain = PoissonBatches(RECORDS, RATE, 40, WORDS)
     for step in range(50):
         rows, present = batches.batch(step)

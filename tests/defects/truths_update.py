@@ -15,10 +15,11 @@ import optax
 from harness import COUNT, MODEL, SPEC
 from truths import LENGTHS, PLAIN, experience_of, same, synthetic
 
+from rlhf_jax.objectives.records import RecordLosses
 from rlhf_jax.training import gradient as gradients
 from rlhf_jax.training import ppo as updates
 from rlhf_jax.training.experience import Experience, PPOConfig
-from rlhf_jax.training.gradient import RecordLosses, mean_metrics
+from rlhf_jax.training.gradient import mean_metrics
 from rlhf_jax.training.state import TrainState
 
 # --- losses -----------------------------------------------------------------------------------------------------------

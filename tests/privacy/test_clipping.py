@@ -14,9 +14,9 @@ from rlhf_jax.models import LoraConfig, TransformerConfig
 from rlhf_jax.models.heads import apply_head, init_head
 from rlhf_jax.models.lora import init_adapters
 from rlhf_jax.models.roles import RoleSpec, init_base, split, weight_axes
-from rlhf_jax.privacy.clipping import ROUNDING_MARGIN, clipped_sum
+from rlhf_jax.objectives.records import RecordLosses
+from rlhf_jax.privacy.clipping import ROUNDING_MARGIN, clipped_sum, sensitivity
 from rlhf_jax.stages.reward import reward_objective
-from rlhf_jax.training.gradient import RecordLosses
 from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.preference import PreferenceConfig, preference_objective
 
@@ -134,16 +134,16 @@ def expected(name, present, clip_norm, rows=1):
 
 
 @cache
-def program(name, backend, microbatches=1, rows=1, clip_norm=None):
+def program(name, backend, accumulation=1, rows=1, clip_norm=None):
     """Clipped at the median norm, unless said."""
     clip_norm = clip_norm or median_norm(name, rows)
     objective = problem(name)[0]
-    return jax.jit(clipped_sum(objective, clip_norm, backend=backend, microbatches=microbatches, units_rows=rows))
+    return jax.jit(clipped_sum(objective, clip_norm, backend=backend, accumulation=accumulation, units_rows=rows))
 
 
 def run(name, batch, present, backend, **options):
     _, trainable, frozen, _ = problem(name)
-    total, norms = program(name, backend, **options)(trainable, frozen, batch, present)
+    total, norms, _ = program(name, backend, **options)(trainable, frozen, batch, present)
     assert jax.tree.structure(total) == jax.tree.structure(trainable)
     return jax.device_get(total), np.asarray(norms)
 
@@ -159,7 +159,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "microbatches", "rows"),
+    ("name", "backend", "accumulation", "rows"),
     [
         ("sft", "vmap", 1, 1),
         ("sft", "adapters", 4, 2),
@@ -169,10 +169,10 @@ def assert_same(a, b):
         ("dpo", "adapters", 1, 1),
     ],
 )
-def test_the_sum_is_that_of_a_loop_over_units(name, backend, microbatches, rows):
+def test_the_sum_is_that_of_a_loop_over_units(name, backend, accumulation, rows):
     present, clip_norm = PRESENT[: ROWS // rows], median_norm(name, rows)
     batch = spoilt(problem(name)[3], ~present, rows)
-    total, norms = run(name, batch, present, backend, microbatches=microbatches, rows=rows)
+    total, norms = run(name, batch, present, backend, accumulation=accumulation, rows=rows)
     truth, true_norms = expected(name, present, clip_norm, rows)
     assert 0 < np.sum(true_norms > clip_norm) < present.sum()
     assert difference(total, truth) < 1e-6
@@ -184,7 +184,7 @@ def test_no_unit_adds_more_than_the_clip_norm(name, backend):
     batch, clip_norm = problem(name)[3], median_norm(name)
     for unit in range(ROWS):
         alone = np.arange(ROWS) == unit
-        total, norms = run(name, batch, alone, backend, microbatches=2)
+        total, norms = run(name, batch, alone, backend, accumulation=2)
         assert norm(total) <= clip_norm
         assert norm(total) > min(norms[unit], clip_norm) * (1 - 2 * ROUNDING_MARGIN)
 
@@ -193,8 +193,8 @@ def test_no_unit_adds_more_than_the_clip_norm(name, backend):
 def test_a_unit_that_is_not_finite_counts_zero(name, backend):
     batch, everyone = problem(name)[3], np.ones(ROWS, bool)
     bad = np.isin(np.arange(ROWS), [3, 8])
-    total, norms = run(name, spoilt(batch, bad), everyone, backend, microbatches=2)
-    without, sound_norms = run(name, batch, ~bad, backend, microbatches=2)
+    total, norms = run(name, spoilt(batch, bad), everyone, backend, accumulation=2)
+    without, sound_norms = run(name, batch, ~bad, backend, accumulation=2)
     assert_same(total, without)
     np.testing.assert_array_equal(norms, np.where(bad, np.inf, sound_norms))
 
@@ -207,11 +207,11 @@ def test_what_one_record_holds_does_not_change_another_s_share(name, backend):
         x[5] = x[6]
     everyone, others = np.ones(ROWS, bool), np.arange(ROWS) != 5
     (total, norms), (other, other_norms) = (
-        run(name, rows, everyone, backend, microbatches=2) for rows in (batch, changed)
+        run(name, rows, everyone, backend, accumulation=2) for rows in (batch, changed)
     )
     np.testing.assert_array_equal(norms[others], other_norms[others])
     assert norms[5] != other_norms[5] and difference(total, other) > 1e-3
-    shares = [run(name, rows, others, backend, microbatches=2)[0] for rows in (batch, changed)]
+    shares = [run(name, rows, others, backend, accumulation=2)[0] for rows in (batch, changed)]
     assert_same(*shares)
 
 
@@ -224,7 +224,7 @@ def linear(trainable, frozen, batch):
 def linear_run(x, y, weight, present, clip_norm=1.0, dtype=jnp.float32, **options):
     batch = {"x": np.float32(x), "y": np.float32(y), "weight": np.float32(weight)}
     trainable = {"adapters": jnp.zeros(len(x[0]), dtype), "head": jnp.zeros(len(y[0]), dtype)}
-    total, norms = clipped_sum(linear, clip_norm, **options)(trainable, {}, batch, np.array(present))
+    total, norms, _ = clipped_sum(linear, clip_norm, **options)(trainable, {}, batch, np.array(present))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(total))
     return total["adapters"], total["head"], norms
 
@@ -233,6 +233,21 @@ def test_all_trainable_weights_are_one_vector():
     a, b, norms = linear_run([[3.0], [0.3]], [[4.0], [0.4]], [1, 1], [True, True])
     np.testing.assert_allclose(norms, [5.0, 0.5])
     np.testing.assert_allclose([a[0], b[0]], [0.6 + 0.3, 0.8 + 0.4], rtol=2e-6)
+
+
+def test_each_part_of_the_weights_may_have_a_bound_of_its_own():
+    bounds = {"adapters": 1.0, "head": 2.0}
+    a, b, norms = linear_run([[3.0], [0.3]], [[4.0], [0.4]], [1, 1], [True, True], bounds)
+    np.testing.assert_allclose(norms, [5.0, 0.5])
+    np.testing.assert_allclose([a[0], b[0]], [1.0 + 0.3, 2.0 + 0.4], rtol=2e-6)
+    assert sensitivity(bounds) == pytest.approx(np.sqrt(5.0)) and sensitivity(0.7) == 0.7
+
+
+def test_losses_are_each_unit_s_own_and_none_of_the_absent():
+    batch = {"x": np.float32([[3], [5], [8]]), "y": np.zeros((3, 1), np.float32), "weight": np.float32([1, 1, 2])}
+    trainable = {"adapters": jnp.ones(1), "head": jnp.ones(1)}
+    out = clipped_sum(linear, 1.0, accumulation=3)(trainable, {}, batch, np.array([True, False, True]))
+    np.testing.assert_allclose(out.losses, [3.0, 0.0, 4.0])
 
 
 def test_an_infinite_norm_clips_nothing():
@@ -252,7 +267,7 @@ def test_a_unit_divides_by_its_own_weight():
 
 def test_sums_are_float32_where_weights_are_bfloat16():
     x = np.full((1024, 1), 1e-3)
-    a, _, _ = linear_run(x, np.zeros((1024, 1)), np.ones(1024), [True] * 1024, dtype=jnp.bfloat16, microbatches=256)
+    a, _, _ = linear_run(x, np.zeros((1024, 1)), np.ones(1024), [True] * 1024, dtype=jnp.bfloat16, accumulation=256)
     np.testing.assert_allclose(a, [1.024], rtol=2**-8)
 
 
@@ -271,12 +286,12 @@ def test_microbatches_without_a_present_unit_are_skipped(backend):
         weights = batch["x"] * 0 + 1
         return RecordLosses(jnp.sum(trainable["head"] * batch["x"][:, None], -1), weights, {})
 
-    total = jax.jit(clipped_sum(counted, 100.0, backend=backend, microbatches=4))
+    total = jax.jit(clipped_sum(counted, 100.0, backend=backend, accumulation=4))
     x, units = np.arange(1.0, 9.0, dtype=np.float32), np.arange(8)
     for parts in ([], [2], [0, 3]):
         ran.clear()
         present = np.isin(units % 4, parts) & (units > 2)
-        summed, norms = total({"head": jnp.zeros(1)}, {}, {"x": x}, present)
+        summed, norms, _ = total({"head": jnp.zeros(1)}, {}, {"x": x}, present)
         jax.effects_barrier()
         assert len(ran) == len(parts)
         np.testing.assert_allclose(summed["head"], [x[present].sum()])
@@ -290,12 +305,12 @@ def test_microbatches_without_a_present_unit_are_skipped(backend):
 def test_the_sum_is_the_same_on_every_mesh(name, backend, shape):
     _, trainable, frozen, batch = problem(name)
     spec, mesh = spec_of(name), make_mesh(*shape)
-    alone, norms = run(name, batch, PRESENT, backend, microbatches=2)
+    alone, norms = run(name, batch, PRESENT, backend, accumulation=2)
     with jax.set_mesh(mesh):
         here = [jax.device_put(w, tree_shardings(w, weight_axes(spec, w), mesh)) for w in (trainable, frozen)]
         rows = place_batch(ROWS, lambda mine: {f: x[mine] for f, x in (batch | {"present": PRESENT}).items()}, mesh)
         present = rows.pop("present")
-        spread, spread_norms = program(name, backend, microbatches=2)(*here, rows, present)
+        spread, spread_norms, _ = program(name, backend, accumulation=2)(*here, rows, present)
     assert difference(jax.device_get(spread), alone) < 1e-6
     np.testing.assert_allclose(spread_norms, norms, rtol=1e-6)
 
@@ -318,7 +333,7 @@ def test_what_cannot_be_clipped_is_refused():
     with pytest.raises(ValueError, match='unknown back end "ghost"'):
         clipped_sum(linear, 1.0, backend="ghost")
     with pytest.raises(ValueError, match="3 units do not divide over 2 microbatches"):
-        linear_run(np.ones((3, 1)), np.ones((3, 1)), np.ones(3), [True] * 3, microbatches=2)
+        linear_run(np.ones((3, 1)), np.ones((3, 1)), np.ones(3), [True] * 3, accumulation=2)
     objective, trainable, frozen, batch = problem("sft_full")
     with pytest.raises(ValueError, match=r"adapters and heads alone, not of \['base'\]\['embedding'\]"):
         clipped_sum(objective, 1.0, backend="adapters")(trainable, frozen, batch, np.ones(ROWS, bool))

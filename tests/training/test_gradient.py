@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.training.gradient import RecordLosses, microbatches, plain_gradient
+from rlhf_jax.objectives.records import RecordLosses, microbatches
+from rlhf_jax.training.gradient import plain_gradient
 
 ROWS, LENGTH, WIDTH, VOCAB = 8, 16, 4, 6
 TOKENS = np.array([1, 9, 2, 16, 3, 5, 0, 8])  # of each record; one is padding

@@ -14,8 +14,9 @@ from rlhf_jax.models import LoraConfig, TransformerConfig
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.lora import init_adapters
 from rlhf_jax.models.roles import base_axes, init_base
+from rlhf_jax.objectives.records import RecordLosses
 from rlhf_jax.training.checkpoints import Checkpoints
-from rlhf_jax.training.gradient import RecordLosses, plain_gradient
+from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.state import (
     TrainState,
     apply_gradient,
