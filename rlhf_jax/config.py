@@ -77,8 +77,34 @@ EVALUATION = dict(
     higher_is_better=False,
     samples=4,  # completions shown in the report
 )
+PRIVACY = dict(  # differential privacy of a stage's training data; batch_size is then the expected one
+    epsilon=0.0,  # what the stage may spend; 0: it is not private; inf: the private step without noise
+    delta=0.0,  # below 1 / units
+    noise_multiplier=0.0,  # over the clip norm; 0: the least that lets all steps fit. Else the budget ends the stage
+    clip_norm=1.0,  # of a unit's gradient over all that trains
+    critic_clip_norm=0.0,  # of a critic's own part of it (ppo); 0: policy and critic are one vector
+    adjacency="add_or_remove",  # what a neighbouring data set is | "replace_one"
+    unit="",  # what is hidden: "" a record, or all records whose field of this name has one value (an author, a post)
+    contribution=1,  # records of a unit (chunks of a document) that are read at most
+    physical_batch=0,  # units a batch has room for; 0: the expected ones and 4 standard deviations
+    backend="",  # per-unit gradients: "" (the cheapest) | "vmap" | "adapters"
+    released_share=0.0,  # of the budget, for noisy figures of the training data; 0 shows none
+    loss_bound=5.0,  # what a unit's loss, KL or score is clipped to before it is released
+    kl_bound=20.0,
+    score_bound=5.0,
+)
 TRAINABLE = dict(
-    compute=COMPUTE, lora=LORA, optimizer=OPTIMIZER, checkpoint=CHECKPOINT, evaluation=EVALUATION, mesh=MESH
+    compute=COMPUTE,
+    lora=LORA,
+    optimizer=OPTIMIZER,
+    privacy=PRIVACY,
+    checkpoint=CHECKPOINT,
+    evaluation=EVALUATION,
+    mesh=MESH,
+)
+CLAIM = dict(  # what the private stages of an experiment claim together
+    public=(),  # data named in stages that hides nobody: sources, files of stages, or whole stages ("prepare")
+    overlap="refuse",  # private stages whose data share a unit: "refuse" | "compose" (the epsilons add up)
 )
 
 CHECKS = dict(  # what PPO watches in every iteration (`training.guards`)
@@ -209,6 +235,7 @@ STAGES: dict[str, dict[str, Any]] = {
         compute=COMPUTE,
         lora=LORA,
         optimizer={**OPTIMIZER, "learning_rate": 1e-4, "schedule": "constant", "weight_decay": 0.0},
+        privacy=PRIVACY,
         checkpoint={**CHECKPOINT, "every": 10},
         evaluation={**EVALUATION, "every": 10, "metric": ""},
         mesh=MESH,
@@ -234,6 +261,7 @@ STAGES: dict[str, dict[str, Any]] = {
         compute=COMPUTE,
         lora=LORA,
         optimizer={**OPTIMIZER, "learning_rate": 2e-5, "weight_decay": 0.0},
+        privacy=PRIVACY,
         checkpoint=CHECKPOINT,
         evaluation={**EVALUATION, "samples": 0},
         mesh=MESH,
@@ -313,12 +341,17 @@ def merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
 
 
 def experiment(seed: int = 0) -> ConfigDict:
-    """An experiment without stages: `seed` keys every draw, `stages` keep their order, `checks` are PPO's guards."""
+    """An experiment without stages.
+
+    `seed` keys every draw, `stages` keep their order, `checks` are PPO's guards, `privacy` is what private stages claim
+    together.
+    """
     config = ConfigDict(sort_keys=False)
     config.seed = seed
     config.stages = ConfigDict(sort_keys=False)
     config.logging = ConfigDict(dict(every=10, tensorboard=True))  # optimizer steps
     config.checks = ConfigDict(CHECKS, sort_keys=False)
+    config.privacy = ConfigDict(CLAIM, sort_keys=False)
     return config
 
 
@@ -355,6 +388,11 @@ def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
 def reward_sources(config: ConfigDict) -> list[str]:
     """The sources that a stage's `reward` names: stages, folders and functions."""
     return [source.strip() for source in config.get("reward", "").split(",") if source.strip()]
+
+
+def is_private(config: ConfigDict) -> bool:
+    """Whether a stage trains with differential privacy."""
+    return bool(config.get("privacy", {}).get("epsilon"))
 
 
 def is_function(source: str) -> bool:

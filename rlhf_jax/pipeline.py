@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, reward_sources, upstream
+from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, is_private, reward_sources, upstream
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.reporting import write_report
@@ -17,6 +17,8 @@ from rlhf_jax.rollout.functions import function_identity
 from rlhf_jax.stages import best_of_n, export, memorization, ppo, preference, prepare, reward, sft, tokenizer
 from rlhf_jax.stages import plan as plans
 from rlhf_jax.stages.context import MODEL_FIELDS, Context
+from rlhf_jax.stages.ledger import find_overlaps, write_ledger
+from rlhf_jax.stages.provenance import check_privacy, describe_claim
 from rlhf_jax.training.artifacts import folder_identity
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.loop import Stopped
@@ -35,6 +37,13 @@ KINDS: dict[str, Any] = {
 }
 
 HOST_ONLY = ("tokenizer", "prepare")  # kinds that use no device: process 0 runs them, the others wait
+
+
+def checked_order(config: ConfigDict) -> list[str]:
+    """The stages in the order they run; refuses what can be refused without data or devices."""
+    order = validate(config)
+    check_privacy(config)
+    return order
 
 
 def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
@@ -133,11 +142,13 @@ def _check(config: ConfigDict, workdir: Path, names: dict[str, str], waiting: li
         kind = KINDS[config.stages[name].kind]
         if hasattr(kind, "check"):
             kind.check(Context(name, config, workdir, names[name]))
+    if any(is_private(config.stages[name]) for name in waiting):
+        find_overlaps({name: Context(name, config, workdir, names[name]) for name in names})
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
     """What a run would do: stages in order, mesh, memory, batch layout, decoded examples. Nothing is written."""
-    order = validate(config)
+    order = checked_order(config)
     names = identities(config, order)
     _refuse_changes(workdir, config, names)
     _check(config, workdir, names, order)
@@ -157,6 +168,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
             lora = f"adapters of rank {fields.lora.rank}" if fields.lora.rank else "every weight trains"
             per = fields.batch_size // (fields.accumulation * fields.get("minibatches", 1))
             lines.append(f"      init {fields.init}, {lora}, batch {fields.batch_size} in microbatches of {per} rows")
+            if is_private(fields):
+                lines.append(f"      {describe_claim(fields)}")
             context, kind = Context(name, config, workdir, ""), KINDS[fields.kind]
             lines += [f"      {line}" for line in [*plans.describe(context), *plans.previews(context, kind)]]
     return "\n".join(lines)
@@ -169,7 +182,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       UserError: something the user can mend, found before the first compilation where possible.
       Stopped: a signal came; the running stage is saved.
     """
-    order = validate(config)
+    order = checked_order(config)
     names = identities(config, order)
     _refuse_changes(workdir, config, names)
     contexts = {name: Context(name, config, workdir, names[name]) for name in order}
@@ -184,12 +197,26 @@ def run(config: ConfigDict, workdir: Path) -> None:
             _say(f"{title}: finished before, skipped")
             continue
         _say(title)
-        _run_stage(contexts[name])
+        if is_private(config.stages[name]):
+            find_overlaps(contexts)  # with data that stages before it have made
+        try:
+            _run_stage(contexts[name])
+        finally:
+            _account(workdir, config, contexts, name)
         contexts[name].bases.clear()  # the next stage loads what it names
     _write_summary(workdir, config, order)
     if is_main_process():
         _say(f"report: {write_report(workdir)}")
     barrier("run finished")
+
+
+def _account(workdir: Path, config: ConfigDict, contexts: dict[str, Context], name: str) -> None:
+    """Brings the ledger up to date with a private stage, be it finished or cut."""
+    if is_private(config.stages[name]):
+        ledger = write_ledger(workdir, config, contexts)
+        if ledger is not None:
+            claim = ledger["claim"]
+            _say(f"  privacy so far: epsilon {claim['epsilon']:.4g} at delta {claim['delta']:.3g} (privacy.json)")
 
 
 def _run_stage(context: Context) -> None:

@@ -28,6 +28,7 @@ TRAINED = ("sft", "ppo", "preference", "reward")  # kinds that leave a model
 POLICIES = ("sft", "ppo", "preference")
 GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo")  # compare the answers to one prompt
 CRITIC_FREE = (*GROUP_ESTIMATORS, "reinforce++")
+PRIVATE_BACKENDS = ("", "vmap", "adapters")
 REFERENCE_FREE = ("orpo", "simpo")  # preference losses without a reference model
 UPDATE_METRICS = ("policy/approxkl", "policy/clipfrac", "val/clipfrac", "val/ratio_error")
 ROLLOUT_METRICS = (
@@ -48,11 +49,12 @@ def validate(config: ConfigDict) -> list[str]:
       UserError: the first problem found, naming field, value and remedy.
     """
     known = experiment()
-    for where, valid in (("", known), ("logging", known.logging), ("checks", known.checks)):
+    for where, valid in (("", known), *((group, known[group]) for group in ("logging", "checks", "privacy"))):
         for name in config.get(where) if where else config:
             if name not in valid:
                 raise UserError(f"unknown field {f'{where}.{name}'.lstrip('.')}: {nearest(name, valid)}")
     _positive(config.logging, "logging", ("every",))
+    _choice(config.privacy, "privacy", "overlap", ("refuse", "compose"))
     if not config.get("stages"):
         raise UserError("config.stages is empty: add at least one stage")
     for name, fields in config.stages.items():
@@ -96,6 +98,7 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
         CHECKS_BY_KIND[config.kind](stages, config, where)
     if "optimizer" in config:
         _check_training(config, where)
+        _check_privacy(config, where)
 
 
 def _check_references(stages: ConfigDict, name: str) -> None:
@@ -301,6 +304,31 @@ def _check_training(config: ConfigDict, where: str) -> None:
         )
     if config.compute.base and importlib.util.find_spec("qwix") is None:
         raise UserError(f"{where}.{NEEDS_QWIX}")
+
+
+def _check_privacy(config: ConfigDict, where: str) -> None:
+    """Ranges of a private stage's numbers; what else it may not do is in `stages.provenance`."""
+    privacy, where = config.privacy, f"{where}.privacy"
+    _not_negative(privacy, where, ("epsilon", "delta", "noise_multiplier", "critic_clip_norm", "physical_batch"))
+    if not privacy.epsilon:
+        if privacy.noise_multiplier or privacy.delta:
+            raise UserError(
+                f"{where}.epsilon is 0, so nothing is private, but noise_multiplier is {privacy.noise_multiplier:g} "
+                f"and delta {privacy.delta:g}: give the epsilon that the stage may spend, or set both to 0"
+            )
+        return
+    if privacy.epsilon < float("inf") and not 0 < privacy.delta < 1:
+        raise UserError(f"{where}.delta is {privacy.delta:g}: give one above 0 and below 1 / units")
+    _positive(privacy, where, ("clip_norm", "contribution", "loss_bound", "kl_bound", "score_bound"))
+    _choice(privacy, where, "adjacency", ("add_or_remove", "replace_one"))
+    _choice(privacy, where, "backend", PRIVATE_BACKENDS)
+    if privacy.epsilon == float("inf") and privacy.noise_multiplier:
+        raise UserError(f"{where}.epsilon is inf, which takes no noise: set noise_multiplier=0, or a finite epsilon")
+    if not 0 <= privacy.released_share < 1:
+        raise UserError(f"{where}.released_share is {privacy.released_share:g}: it must be in [0, 1)")
+    own_critic = config.kind == "ppo" and config.estimator == "gae" and config.critic != "shared"
+    if privacy.critic_clip_norm and not own_critic:
+        raise UserError(f"{where}.critic_clip_norm is for a ppo stage with a critic of its own: set it to 0")
 
 
 # --- single fields ---------------------------------------------------------------------------------------------------

@@ -138,6 +138,37 @@ def best_of_n(curve: Sequence[Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
+def against_epsilon(series: Mapping[str, Mapping[float, Sequence[float]]], y_label: str) -> str:
+    """Figures of private runs against their epsilon, evenly spaced, those without noise on the right.
+
+    Args:
+        series: label -> {epsilon: its runs' values}. Several values are shown by mean and 95 % interval (t).
+    """
+    every = sorted({epsilon for values in series.values() for epsilon in values})
+    places = {epsilon: i for i, epsilon in enumerate(every)}
+    with rc_context(_STYLE):
+        figure, axes = _axes("epsilon of the stage", y_label)
+        for i, (label, values) in enumerate(series.items()):
+            x = [places[epsilon] + 0.06 * (i - (len(series) - 1) / 2) for epsilon in sorted(values)]
+            middle = [sum(values[epsilon]) / len(values[epsilon]) for epsilon in sorted(values)]
+            half = [_half_interval(values[epsilon]) for epsilon in sorted(values)]
+            axes.errorbar(x, middle, yerr=half, color=PALETTE[i], marker="o", markersize=4, capsize=3, label=label)
+        axes.set_xticks(range(len(every)), ["no noise" if math.isinf(e) else f"{e:g}" for e in every])
+        _legend(axes)
+        return _svg(figure)
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean, by Student's t; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    from scipy.stats import t  # slow to import
+
+    mean = sum(values) / len(values)
+    variance = sum((x - mean) ** 2 for x in values) / (len(values) - 1)
+    return float(t.ppf(0.975, len(values) - 1)) * math.sqrt(variance / len(values))
+
+
 def interval_bars(
     categories: Sequence[str],
     series: Mapping[str, Sequence[Estimate]],

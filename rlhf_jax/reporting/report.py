@@ -42,6 +42,16 @@ class Section:
     samples: list[dict] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Privacy:
+    """What the page says of the private stages together."""
+
+    headline: str
+    statement: list[str]
+    runs: Table
+    plots: list[Plot]
+
+
 def _single(metric: str, y_label: str, caption: str) -> Curve:
     return Curve({metric: y_label}, y_label, caption)
 
@@ -58,6 +68,7 @@ _OPTIMIZER = (
     _single("optimizer/learning_rate", "learning rate", "Learning rate of the optimizer."),
     _single("perf/tokens_per_second", "tokens per second", "Training throughput over all devices."),
     _single("perf/mfu", "share of peak FLOP/s", "Model FLOP/s utilization."),
+    _single("privacy/epsilon", "epsilon spent", "Epsilon spent so far, by privacy loss distributions."),
 )
 CURVES = {
     "sft": (
@@ -118,6 +129,7 @@ CURVES = {
         _single("val/ratio", "probability ratio", "Mean ratio of new to sampling probability; 1 at the start."),
         _single("response_length", "tokens", "Mean length of the sampled completions."),
         _single("val/num_eos_tokens", "completions", "Completions a batch that ended by themselves."),
+        _single("privacy/epsilon", "epsilon spent", "Epsilon spent so far, by privacy loss distributions."),
     ),
 }
 
@@ -171,6 +183,7 @@ def write_report(workdir: Path) -> Path:
         stages=time_table(results, seconds),
         time_plot=_plot(plots.time_bars(seconds), "Wall time of each stage.") if any(seconds.values()) else None,
         together=_together(results, metrics, targets),
+        privacy=_privacy(_read_json(workdir / "privacy.json"), results),
         sections=sections,
         visible_samples=VISIBLE_SAMPLES,
         number=number,
@@ -232,6 +245,42 @@ def _together(results: Mapping, metrics: Mapping[str, list[dict]], targets: Mapp
         if series:
             found.append(_plot(plots.curves(series, x_name, curve.y_label, limits=marks), curve.caption))
     return found
+
+
+def _privacy(ledger: Mapping | None, results: Mapping[str, Mapping]) -> Privacy | None:
+    """What the private stages promise together, and what more of epsilon bought where there are several of them."""
+    if ledger is None:
+        return None
+    claim, runs = ledger["claim"], ledger["runs"].values()
+    rows = [
+        [
+            run["stage"],
+            number(run["claim"]["epsilon"]),
+            number(run["claim"]["delta"]),
+            number(run["claim"]["noise_multiplier"]),
+            f"{number(run['claim']['minibatches'])} x {run['claim']['uses']}",
+            number(run["claim"]["sampling_rate"]),
+            number(run["claim"]["units"]),
+            run["data"]["unit"],
+            run["state"],
+        ]
+        for run in runs
+    ]
+    names = ["stage", "epsilon", "delta", "noise multiplier", "minibatches x uses", "sampling rate", "units", "unit"]
+    table = Table("runs", [*names, "run"], rows, [False] + [True] * 6 + [False] * 2)
+    scores: dict[str, dict[float, list[float]]] = {}
+    for result in results.values():
+        figures = result.get("figures") or {}
+        if result.get("kind") == "ppo" and "privacy" in figures and _is_number(figures.get("ppo_score")):
+            for label in ("sft", "ppo"):
+                by_epsilon = scores.setdefault(f"after {label}", {})
+                by_epsilon.setdefault(figures["privacy"]["target"], []).append(figures[f"{label}_score"])
+    found = []
+    if len(scores.get("after ppo", {})) > 1:
+        caption = "Held-out score against what a stage may spend; bars: 95 % intervals of the mean over runs (t)."
+        found.append(_plot(plots.against_epsilon(scores, "held-out score"), caption))
+    headline = f"epsilon {claim['epsilon']:.3g} at delta {claim['delta']:.2g}"
+    return Privacy(headline, ledger["statement"], table, found)
 
 
 def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float | None) -> Section:

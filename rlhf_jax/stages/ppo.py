@@ -4,6 +4,7 @@ GRPO and REINFORCE++.
 An iteration is a rollout, its scores, and the updates made of them; `stages.ppo_roles` says who reads and who trains.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.config import is_private
 from rlhf_jax.data.examples import Example, prompt_ids, show_example
 from rlhf_jax.data.order import DataOrder
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -27,15 +29,17 @@ from rlhf_jax.stages.packed import PackedData
 from rlhf_jax.stages.plan import tokenizer_of
 from rlhf_jax.stages.ppo_evaluation import make_evaluation
 from rlhf_jax.stages.ppo_roles import Roles, load_roles
+from rlhf_jax.stages.private_ppo import Drawn, begin_private, make_private_iteration
 from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import describe_memory, save_role
 from rlhf_jax.training.experience import PPOConfig, init_controllers, make_experience
 from rlhf_jax.training.guards import Watch, check_unchanged
 from rlhf_jax.training.ppo import make_single_update, make_update, score_logprobs
-from rlhf_jax.training.randomness import order_seed
+from rlhf_jax.training.randomness import order_seed, step_keys
 from rlhf_jax.training.state import TrainState, fingerprint, init_state, make_optimizer, state_shardings
 
+Draw = Callable[[int], tuple[np.ndarray, np.ndarray]]  # iteration -> prompts, and what their draws differ by
 Sample = Callable[..., Rollout]  # (weights, placed prompts, key, samples) -> their rollout
 
 
@@ -81,24 +85,27 @@ def run(context: Context) -> dict[str, Any]:
     settings = ppo_config(config)
     with jax.set_mesh(mesh):
         # --- roles and data --------------------------------------------------------------------------------------
-        roles = load_roles(context, settings, mesh)
+        start = context.load(config.init, mesh)
+        prompts = Prompts(context, start.tokenizer, start.spec.config.context, config.data)
+        private = begin_private(context, prompts) if is_private(config) else None
+        if private is not None:
+            settings = dataclasses.replace(settings, accumulation=private.accumulation)
+        roles = load_roles(context, settings, start, mesh)
         spec = roles.policy.spec
         frozen_models = {"reference": roles.reference}
         frozen_models |= {f"reward model {name}": role.weights for name, role in roles.judge.roles.items()}
         anchors = {name: fingerprint(weights) for name, weights in frozen_models.items()}
-        prompts = Prompts(context, roles.policy.tokenizer, spec.config.context, config.data)
         mixed = _ptx(context, roles, mesh)
         steps_each = settings.epochs * settings.minibatches
+        iterations = private.iterations if private else config.iterations
         context.progress(
-            f"{len(prompts)} prompts, {config.iterations} iterations of {config.batch_size} answers, {steps_each} "
+            f"{len(prompts)} prompts, {iterations} iterations of {config.batch_size} answers, {steps_each} "
             f"steps each; KL in the {config.kl_in} by {config.kl_estimator}: "
             f"{kl_gradient(config.kl_estimator, config.kl_in)}"
         )
 
         # --- state and programs ----------------------------------------------------------------------------------
-        optimizer = make_optimizer(
-            config.optimizer, config.iterations * steps_each, param_dtype=spec.config.param_dtype
-        )
+        optimizer = make_optimizer(config.optimizer, iterations * steps_each, param_dtype=spec.config.param_dtype)
         axes = {name: weight_axes(role.spec, roles.trainable[name]) for name, role in roles.trained().items()}
         controllers = init_controllers(settings)
         shardings = state_shardings(roles.trainable, axes, optimizer, mesh, controllers)
@@ -106,17 +113,25 @@ def run(context: Context) -> dict[str, Any]:
         memory = roles.memory(state.params, state.opt_state)
         context.progress(describe_memory(memory))
         sample = _sampler(context, roles, mesh)
-        roll_out = _rollouts(context, roles, prompts, sample, mesh)
-        watch = Watch(
-            context.name, settings, context.experiment.checks, spec.config.dtype, config.kl_limit, context.progress
-        )
-        watch.remember(_first_figures(context))
-        learn = _learner(context, roles, mixed, optimizer, shardings)
+        watch = None
+        if private is not None:
+            drawn = Drawn(context, private, mesh)
+            roll_out = _rollouts(context, roles, prompts, sample, drawn.rows, mesh)
+            advance = make_private_iteration(context, roles, roll_out, private, drawn, optimizer, shardings)
+        else:
+            watch = Watch(
+                context.name, settings, context.experiment.checks, spec.config.dtype, config.kl_limit, context.progress
+            )
+            watch.remember(_first_figures(context))
+            roll_out = _rollouts(context, roles, prompts, sample, _in_order(context, len(prompts)), mesh)
+            learn = _learner(context, roles, mixed, optimizer, shardings)
+            advance = _iteration(context, roles, roll_out, learn, watch)
         evaluate = None
         if config.evaluation.data:
             data = config.evaluation.data, config.evaluation.records
             held_out = Prompts(context, roles.policy.tokenizer, spec.config.context, *data)
-            evaluate = make_evaluation(context, held_out, roles, sample, mesh)
+            size = private.rollout_rows if private else config.batch_size
+            evaluate = make_evaluation(context, held_out, roles, sample, size, mesh)
 
         # --- loop ------------------------------------------------------------------------------------------------
         width = prompts.longest + config.max_new_tokens
@@ -124,15 +139,16 @@ def run(context: Context) -> dict[str, Any]:
         params, summary = train(
             context,
             state,
-            _iteration(context, roles, roll_out, learn, watch),
+            advance,
             evaluate,
-            iterations=config.iterations,
+            iterations=iterations,
             steps_each=steps_each,
             shown=("objective/scores", "objective/kl", "eval/score", "eval/kl"),
             tokens_each=tokens,
             flops_each=tokens * spec.config.forward_flops(width) * roles.forward_passes(settings.epochs),
             watch=watch,
             anchors=anchors,
+            spending=private.spending if private else None,
         )
         check_unchanged(context.name, anchors, frozen_models)
         policy = roles.acting(params)["policy"]
@@ -145,7 +161,8 @@ def run(context: Context) -> dict[str, Any]:
         "ended_early": summary["ended_early"] or "no",
         "steps": summary["iterations"] * steps_each,
         **_kl_figures(context),
-        "warnings": watch.warnings or "none",
+        **(private.figures() if private else {}),
+        **({"warnings": watch.warnings or "none"} if watch else {}),
         "fingerprints": prints,
         "frozen": anchors,
         "memory": memory,
@@ -170,22 +187,27 @@ def _sampler(context: Context, roles: Roles, mesh: Mesh) -> Sample:
     return sample
 
 
-def _rollouts(context: Context, roles: Roles, prompts: Prompts, sample: Sample, mesh: Mesh):
+def _in_order(context: Context, prompts: int) -> Draw:
+    """The prompts of each iteration, epoch by epoch."""
+    count = context.config.batch_size // context.config.samples
+    order = DataOrder(prompts, order_seed(context.seed, context.name))
+    return lambda iteration: (order.batch(iteration, count), order.epochs(iteration, count))
+
+
+def _rollouts(context: Context, roles: Roles, prompts: Prompts, sample: Sample, draw: Draw, mesh: Mesh):
     """The function (policy weights, iteration) -> (rollout, scores on their way).
 
     A rollout is decoded in `rollout_parts`, all of them asked for at once: while the device decodes one, reward
     functions read those before it. Its rows are the prompts', each `samples` times in a row.
     """
-    config = context.config
-    count, parts = config.batch_size // config.samples, config.rollout_parts
-    order = DataOrder(len(prompts), order_seed(context.seed, context.name))
-    keys = _fold_ins(context.key("rollout"), config.iterations)
+    config, parts = context.config, context.config.rollout_parts
+    keys = step_keys(context.key("rollout"), config.iterations)
     join = jax.jit(
         lambda rollouts: jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts), out_shardings=batch_sharding(mesh)
     )
 
     def roll_out(policy: Weights, iteration: int) -> tuple[Rollout, list[Any]]:
-        rows, epochs = (f(iteration, count) for f in (order.batch, order.epochs))
+        rows, epochs = draw(iteration)
         width = narrowest(prompts.widths, prompts.rows["lengths"][rows].max())
         rollouts, pending = [], []
         for mine, when in zip(np.split(rows, parts), np.split(epochs, parts), strict=True):
@@ -219,7 +241,7 @@ def _learner(context: Context, roles: Roles, mixed: "_Mixed | None", optimizer: 
 
         return learn_at_once
     update = make_update(settings, policy, value, optimizer, shardings, segments)
-    keys = _fold_ins(context.key("minibatches"), context.config.iterations)
+    keys = step_keys(context.key("minibatches"), context.config.iterations)
 
     def learn(state: Any, acting: Any, rollout: Rollout, pending: Any, iteration: int):
         read = roles.score(acting, rollout, parts)
@@ -264,11 +286,6 @@ def _ptx(context: Context, roles: Roles, mesh: Mesh) -> _Mixed | None:
     return _Mixed(context, roles.policy.tokenizer, mesh) if context.config.ptx.coef else None
 
 
-def _fold_ins(key: jax.Array, count: int) -> list[jax.Array]:
-    """Keys of iterations 0 ... count - 1, made before the loop so that the loop moves nothing to the device."""
-    return list(jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count)))
-
-
 def _rows(context: Context) -> list[dict[str, Any]]:
     path = context.folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -286,8 +303,11 @@ def _kl_figures(context: Context) -> dict[str, Any]:
     """How far the policy went, and how near an adaptive coefficient held it to its target."""
     config, rows = context.config, _rows(context)
     training = [row["objective/kl"] for row in rows if "objective/kl" in row]
-    highest = max(training + [row["eval/kl"] for row in rows if "eval/kl" in row])
-    last = training[-max(1, len(training) // 4) :]
+    measured = training + [row["eval/kl"] for row in rows if "eval/kl" in row]
+    if not measured:  # a private stage shows no KL of its own prompts
+        return {"kl_gradient": kl_gradient(config.kl_estimator, config.kl_in)}
+    highest = max(measured)
+    last = (training or measured)[-max(1, len(training or measured) // 4) :]
     settled = {"kl_target": config.kl_target} if config.kl_controller == "adaptive" else {}
     return {
         "kl_gradient": kl_gradient(config.kl_estimator, config.kl_in),

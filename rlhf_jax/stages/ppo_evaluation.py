@@ -18,20 +18,19 @@ from rlhf_jax.training.ppo import score_logprobs
 
 
 def make_evaluation(
-    context: Context, held_out: Prompts, roles: Roles, sample: Any, mesh: Mesh
+    context: Context, held_out: Prompts, roles: Roles, sample: Any, size: int, mesh: Mesh
 ) -> Callable[[Any, int], dict[str, float]]:
     """The function (params, iteration) -> {"eval/score", "eval/kl"} on held-out prompts, always with the same draws.
 
     Scores are the sources' own with the missing-end penalty, neither normalized nor clipped: they can be compared over
-    time. `evaluation.json` keeps the starting policy's scores beside the newest ones.
+    time. `size` prompts run together. `evaluation.json` keeps the starting policy's scores beside the newest ones.
     """
     config, key, reference = context.config, context.key("evaluation"), roles.reference
     policy, settings = roles.policy, roles.settings
-    size = config.batch_size
     count = len(held_out) if len(held_out) < size else len(held_out) // size * size
     numbers = in_batches(count, size, fill=0)
     batches = [held_out.place(rows, np.zeros(size, int), mesh) for rows in numbers]
-    parts = config.minibatches * config.accumulation
+    parts = settings.minibatches * settings.accumulation
     path = context.folder / "evaluation.json"
     decode = policy.tokenizer.decode
 

@@ -92,15 +92,14 @@ class Roles:
         return role_memory(roles) | {"optimizer": {"base_of": "optimizer", "optimizer": moments}}
 
 
-def load_roles(context: Context, settings: PPOConfig, mesh: Mesh) -> Roles:
-    """Loads or makes every role of a ppo stage.
+def load_roles(context: Context, settings: PPOConfig, start: Role, mesh: Mesh) -> Roles:
+    """Loads or makes every role of a ppo stage that begins with `start`.
 
     A critic of its own starts from the reward model's weights, but its head from 0: the reward head is trained at the
     last token alone, and what it says in the middle of an answer is off by more than the scores' spread. Where no
     reward model reads the policy's tokens, the critic starts from the policy's weights.
     """
     config = context.config
-    start = context.load(config.init, mesh)
     policy = continue_role(start, context.lora(), config.compute, key=context.key("adapters"))
     policy.weights = {name: part for name, part in policy.weights.items() if name != "head"}
     parts = settings.minibatches * settings.accumulation

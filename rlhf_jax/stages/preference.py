@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import is_folder
+from rlhf_jax.config import is_folder, is_private
 from rlhf_jax.data.examples import completion_example, prompt_ids, show_example
 from rlhf_jax.data.order import DataOrder, in_batches
 from rlhf_jax.data.pairs import Rows, answers_of, pad_answers, save_arrays, tokenize_answers
@@ -22,7 +22,8 @@ from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec, training_passes
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.train import accuracy_figures, prepare, steps_of, train
+from rlhf_jax.stages.private import Private, owners_of, units_of
+from rlhf_jax.stages.train import accuracy_figures, ordered, prepare, steps_of, train
 from rlhf_jax.training.artifacts import (
     Role,
     continue_role,
@@ -89,6 +90,8 @@ def _make_rows(context: Context, role: Role, data: str, part: str) -> Rows:
             others = [answers[j][0][: longest - len(prompt)] for j, prompt in zip(partners, prompts, strict=True)]
             answers = [[own, other] for (own,), other in zip(answers, others, strict=True)]
             extra["desirable"] = np.asarray([records[i]["label"] for i in kept])
+        if part == "train":
+            extra |= {name: column[kept] for name, column in owners_of(context, records, data).items()}
         counts = {"dropped": np.asarray(len(records) - len(kept)), "skipped": np.asarray(skipped)}
         save_arrays(file, {**pad_answers(prompts, answers), **extra, **counts})
 
@@ -219,8 +222,8 @@ def run(context: Context) -> dict[str, Any]:
         if config.evaluation.data:
             parts["evaluation"] = _make_rows(context, role, config.evaluation.data, "evaluation")
         records, noun = len(training["lengths"]), "answers" if settings.loss == "kto" else "pairs"
-        order = DataOrder(records, order_seed(context.seed, context.name))
-        steps = steps_of(config, records)
+        private = Private.of_records(context, *units_of(context, training)) if is_private(config) else None
+        steps = private.iterations if private else steps_of(config, records)
         context.progress(
             f"{records} {noun} ({int(training['dropped'])} dropped: equal answers, or too long), {steps} steps"
         )
@@ -234,7 +237,10 @@ def run(context: Context) -> dict[str, Any]:
 
         # --- step ------------------------------------------------------------------------------------------------
         reference_spec = reference.spec if reference else None
-        gradient = preference_gradient(settings, role.spec, reference_spec, config.accumulation)
+        if private:
+            gradient = private.gradient(preference_objective(settings, role.spec, reference_spec), role.spec)
+        else:
+            gradient = preference_gradient(settings, role.spec, reference_spec, config.accumulation)
         state, fixed, step = prepare(context, role, gradient, steps, mesh)
         frozen = {"policy": fixed, "reference": reference.weights if reference else {}}
         roles = {"policy": {**state.params, **fixed}} | ({"reference": frozen["reference"]} if reference else {})
@@ -244,8 +250,13 @@ def run(context: Context) -> dict[str, Any]:
         role.weights, roles, reference = fixed, {}, None
         context.bases.clear()
 
+        def place(rows: np.ndarray, epochs: np.ndarray) -> dict[str, jax.Array]:
+            return _place(training, rows, mesh)
+
+        batch = private.batches(place, mesh) if private else ordered(context, records, place)
+
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
-            return step(state, frozen, _place(training, order.batch(iteration, config.batch_size), mesh))
+            return step(state, frozen, batch(iteration))
 
         evaluate = None
         if config.evaluation.data:
@@ -264,6 +275,7 @@ def run(context: Context) -> dict[str, Any]:
             tokens_each=2 * config.batch_size * training["tokens"].shape[-1],
             flops_each=config.batch_size * _flops_each(settings, role.spec, training, reference_spec is not None),
             anchors=anchors,
+            spending=private.spending if private else None,
         )
         role.weights = {**fixed, **params}
         prints = save_role(context.workdir, context.name, role)
@@ -274,6 +286,7 @@ def run(context: Context) -> dict[str, Any]:
         "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "steps": steps,
         "loss": settings.loss,
+        **(private.figures() if private else {}),
     }
     if config.evaluation.data:
         figures |= accuracy_figures(noun, len(parts["evaluation"]["lengths"]), summary)

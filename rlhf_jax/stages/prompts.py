@@ -76,14 +76,20 @@ class Prompts:
         return len(self.ids)
 
     def place(self, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh, width: int | None = None) -> dict[str, jax.Array]:
-        """{"prompts", "lengths", "row_ids"} on the mesh; a record's draws differ from epoch to epoch."""
+        """{"prompts", "lengths", "row_ids"} on the mesh; a record's draws differ from epoch to epoch.
+
+        A row number of -1 is padding: a prompt of one token, the same whatever the records are.
+        """
         width = width or narrowest(self.widths, self.rows["lengths"][rows].max())
 
         def load(mine: np.ndarray) -> dict[str, np.ndarray]:
-            chosen = rows[mine]
+            chosen, here = rows[mine], rows[mine] >= 0
             row_ids = (self.ids[chosen].astype(np.int64) + EPOCH_STRIDE * epochs[mine]) % (1 << 31)
-            fields = {"prompts": self.rows["prompts"][chosen, :width], "lengths": self.rows["lengths"][chosen]}
-            return {**fields, "row_ids": row_ids.astype(np.int32)}
+            return {
+                "prompts": np.where(here[:, None], self.rows["prompts"][chosen, :width], 0),
+                "lengths": np.where(here, self.rows["lengths"][chosen], 1),
+                "row_ids": np.where(here, row_ids, 0).astype(np.int32),
+            }
 
         return place_batch(len(rows), load, mesh)
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.config import is_private
 from rlhf_jax.data.examples import answer_ids, completion_example, show_example
-from rlhf_jax.data.order import DataOrder, in_batches
+from rlhf_jax.data.order import in_batches
 from rlhf_jax.data.pairs import answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
@@ -29,15 +30,16 @@ from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
 from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.private import Private, owners_of, units_of
 from rlhf_jax.stages.reward_calibration import Asked, calibrate
 from rlhf_jax.stages.reward_labels import label_objective, labelled_texts, place_windows, show_window
-from rlhf_jax.stages.train import accuracy_figures, prepare, steps_of, train
+from rlhf_jax.stages.train import accuracy_figures, ordered, prepare, steps_of, train
 from rlhf_jax.training.artifacts import Role, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import mean_metrics, plain_gradient
-from rlhf_jax.training.randomness import order_seed
 
 Pairs = dict[str, np.ndarray]
 Rows = dict[str, np.ndarray]  # pairs, or labelled texts
+Pair = tuple[int, list[int], list[int], list[int]]  # record number, marked prompt, chosen, rejected
 
 
 def reward_objective(spec: RoleSpec) -> Objective:
@@ -65,20 +67,20 @@ def reward_objective(spec: RoleSpec) -> Objective:
 
 def _given_pairs(
     context: Context, spec: RoleSpec, tokenizer: Tokenizer, records: list[dict[str, Any]], data: str
-) -> tuple[list[tuple[list[int], list[int], list[int]]], int]:
-    """(marked prompt, chosen, rejected) of records that hold both answers, and how many were dropped: answers that are
-    the same tokens, or (with on_error "skip") a row that is too long."""
+) -> tuple[list[Pair], int]:
+    """The pairs of records that hold both answers, and how many were dropped: answers that are the same tokens, or
+    (with on_error "skip") a row that is too long."""
     config, marked = context.config, Asked(spec, tokenizer, records).marked
     longest = min(config.sequence_length, spec.config.context)
     kept, answers = tokenize_answers(tokenizer, records, marked, config.schema, longest, config.on_error, data)
-    rows = [(marked[i], chosen, rejected) for i, (chosen, rejected) in zip(kept, answers, strict=True)]
+    rows = [(i, marked[i], chosen, rejected) for i, (chosen, rejected) in zip(kept, answers, strict=True)]
     return rows, len(records) - len(rows)
 
 
 def _sampled_pairs(
     context: Context, spec: RoleSpec, policy: Role, records: list[dict[str, Any]], data: str, part: str, mesh: Mesh
-) -> tuple[list[tuple[list[int], list[int], list[int]]], int]:
-    """(marked prompt, own continuation, policy's sample) of each record, and how many had the same tokens twice."""
+) -> tuple[list[Pair], int]:
+    """Each record's own continuation against the policy's sample, and how many had the same tokens twice."""
     config, tokenizer = context.config, policy.tokenizer
     asked, count = Asked(spec, tokenizer, records), config.max_new_tokens
     check_lengths(asked.marked, count, policy.spec.config.context, data)
@@ -97,17 +99,18 @@ def _sampled_pairs(
             buckets=config.prompt_buckets,
             name=f"{context.name}: {part} samples",
         )
-        for prompt, chosen, tokens, length in zip(asked.marked, own, sampled, lengths, strict=True):
+        for i, (prompt, chosen, tokens, length) in enumerate(zip(asked.marked, own, sampled, lengths, strict=True)):
             rejected = tokens[:length].tolist()
             if chosen != rejected:
-                rows.append((prompt, chosen, rejected))
+                rows.append((i, prompt, chosen, rejected))
     return rows, len(records) * draws - len(rows)
 
 
 def _make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part: str, mesh: Mesh) -> Pairs:
     """Rows of (prompt + chosen, prompt + rejected) as the reward model reads them, made once.
 
-    Returns {"tokens": (n, 2, T) int32, "lengths": (n, 2) int32 in all, "answer_lengths": (n, 2), "ended": (n, 2) bool}.
+    Returns {"tokens": (n, 2, T) int32, "lengths": (n, 2) int32 in all, "answer_lengths": (n, 2), "ended": (n, 2) bool},
+    of a private stage's training data also "owners".
     """
     file = context.folder / "data" / f"pairs_{part}.npz"
     if not file.exists():
@@ -119,8 +122,11 @@ def _make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part:
             rows, dropped = _given_pairs(context, spec, policy.tokenizer, records, data)
         if not rows:
             raise UserError(f"{data}: no pair is left to train on ({dropped} dropped): look at sequence_length")
-        pairs = pad_answers([p for p, _, _ in rows], [[c, r] for _, c, r in rows])
-        pairs["ended"] = np.asarray([[a[-1] in stops for a in (c, r)] for _, c, r in rows])
+        pairs = pad_answers([p for _, p, _, _ in rows], [[c, r] for _, _, c, r in rows])
+        pairs["ended"] = np.asarray([[a[-1] in stops for a in (c, r)] for _, _, c, r in rows])
+        if part == "train":
+            numbers = [i for i, _, _, _ in rows]
+            pairs |= {name: column[numbers] for name, column in owners_of(context, records, data).items()}
         if is_main_process():
             save_arrays(file, {**pairs, "dropped": np.asarray(dropped), "skipped": np.asarray(skipped)})
         barrier(f"pairs {part}")
@@ -214,20 +220,25 @@ def run(context: Context) -> dict[str, Any]:
         held_out = make(config.evaluation.data, "evaluation") if config.evaluation.data else None
         place = partial(place_windows, context) if labelled else _place
         count, noun = len(training["lengths"]), "texts" if labelled else "pairs"
-        order = DataOrder(count, order_seed(context.seed, context.name))
-        steps = steps_of(config, count)
+        private = Private.of_records(context, *units_of(context, training)) if is_private(config) else None
+        steps = private.iterations if private else steps_of(config, count)
         why = "" if labelled else f" ({int(training['dropped'])} dropped: equal answers, or too long)"
         context.progress(f"{count} {noun}{why}, {steps} steps")
 
         # --- step ------------------------------------------------------------------------------------------------
         objective = label_objective(role.spec) if labelled else reward_objective(role.spec)
-        gradient = plain_gradient(objective, config.accumulation)
+        plain = plain_gradient(objective, config.accumulation)
+        gradient = private.gradient(objective, role.spec) if private else plain
         state, frozen, step = prepare(context, role, gradient, steps, mesh)
         tokens = config.batch_size * math.prod(training["tokens"].shape[1:])
 
+        def placed(rows: np.ndarray, epochs: np.ndarray) -> dict[str, jax.Array]:
+            return place(training, rows, epochs, mesh)
+
+        batch = private.batches(placed, mesh) if private else ordered(context, count, placed)
+
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
-            rows, epochs = (f(iteration, config.batch_size) for f in (order.batch, order.epochs))
-            return step(state, frozen, place(training, rows, epochs, mesh))
+            return step(state, frozen, batch(iteration))
 
         evaluate = _evaluation(objective, frozen, held_out, place, config.batch_size, mesh) if held_out else None
 
@@ -243,6 +254,7 @@ def run(context: Context) -> dict[str, Any]:
             flops_each=training_passes(role.spec)
             * tokens
             * role.spec.config.forward_flops(training["tokens"].shape[-1], logits=False),
+            spending=private.spending if private else None,
         )
         role.weights = {**frozen, **params}
 
@@ -257,8 +269,9 @@ def run(context: Context) -> dict[str, Any]:
     if held_out is not None:
         figures |= accuracy_figures(noun, len(held_out["lengths"]), summary)
         figures |= {"accuracy_start": summary["first"]["accuracy/eval"], "result_step": summary["result_step"]}
-    if held_out is not None and not labelled:
+    if held_out is not None and not labelled and private is None:  # it is fitted to the training pairs
         figures["accuracy_length_and_end_baseline"] = baseline_accuracy(training, held_out)
+    figures |= private.figures() if private else {}
     figures |= {"fingerprints": prints, "memory": role_memory({context.name: role.weights})}
     return {"figures": figures, "samples": []}
 

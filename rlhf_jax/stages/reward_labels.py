@@ -15,6 +15,7 @@ from rlhf_jax.models.roles import RoleSpec
 from rlhf_jax.objectives.records import Objective, RecordLosses
 from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.private import owners_of
 
 Texts = dict[str, np.ndarray]
 
@@ -58,6 +59,7 @@ def labelled_texts(
         "positive": np.asarray([record["label"] for record in records]),
         "ids": np.asarray([str(record.get("id", i)) for i, record in enumerate(records)]),
         "skipped": np.asarray(skipped),
+        **(owners_of(context, records, data) if limit is None else {}),
     }
 
 

@@ -8,10 +8,12 @@ import json
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.config import is_private
 from rlhf_jax.data.examples import prompt_ids, show_example
-from rlhf_jax.data.order import DataOrder, in_batches
+from rlhf_jax.data.order import in_batches
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from rlhf_jax.data.turns import plain_text, split_last_answer
@@ -23,12 +25,12 @@ from rlhf_jax.models.roles import RoleSpec, base_axes, init_base, merged_base, t
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.packed import PackedData, packed_examples
-from rlhf_jax.stages.train import prepare, steps_of, train
+from rlhf_jax.stages.private import Private
+from rlhf_jax.stages.train import ordered, prepare, steps_of, train
 from rlhf_jax.training.artifacts import Role, checkpoint_config, computed, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import plain_gradient
 from rlhf_jax.training.language_model import sft_objective
 from rlhf_jax.training.metrics import cut_back
-from rlhf_jax.training.randomness import order_seed
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_TOKENS = 48, 48
 
@@ -91,8 +93,8 @@ def run(context: Context) -> dict[str, Any]:
         role = _start(context, mesh)
         _check_context(context, role.spec.config)
         data = PackedData(context, role.tokenizer, config.data, "train", config)
-        order = DataOrder(len(data.plan), order_seed(context.seed, context.name))
-        steps = steps_of(config, len(data.plan))
+        private = Private.of_records(context, *data.units()) if is_private(config) else None
+        steps = private.iterations if private else steps_of(config, len(data.plan))
         tokens = config.batch_size * config.sequence_length
         context.progress(
             f"{len(data.table)} records in {len(data.plan)} rows of {data.width} tokens ({data.filled:.0%} filled), "
@@ -100,12 +102,19 @@ def run(context: Context) -> dict[str, Any]:
         )
 
         # --- step ------------------------------------------------------------------------------------------------
-        gradient = plain_gradient(sft_objective(role.spec, data.segments), config.accumulation)
+        objective = sft_objective(role.spec, data.segments)
+        plain = plain_gradient(objective, config.accumulation)
+        gradient = private.gradient(objective, role.spec) if private else plain
         state, frozen, step = prepare(context, role, gradient, steps, mesh)
         flops = training_passes(role.spec) * tokens * role.spec.config.forward_flops(data.width)
 
+        def place(rows: np.ndarray, epochs: np.ndarray) -> dict[str, jax.Array]:
+            return data.place(rows, mesh)
+
+        batch = private.batches(place, mesh) if private else ordered(context, len(data.plan), place)
+
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
-            return step(state, frozen, data.place(order.batch(iteration, config.batch_size), mesh))
+            return step(state, frozen, batch(iteration))
 
         evaluate = _evaluation(context, role, frozen, mesh) if config.evaluation.data else None
 
@@ -119,6 +128,7 @@ def run(context: Context) -> dict[str, Any]:
             shown=("loss/train", "loss/eval", "perf/tokens_per_second"),
             tokens_each=tokens,
             flops_each=flops,
+            spending=private.spending if private else None,
         )
         role.weights = {**frozen, **params}
         prints = save_role(context.workdir, context.name, role)
@@ -128,7 +138,7 @@ def run(context: Context) -> dict[str, Any]:
         "records": len(data.table),
         "skipped": data.skipped,
         "rows": len(data.plan),
-        "filled": data.filled,
+        **(private.figures() if private else {"filled": data.filled}),
         "steps": steps,
         "fingerprints": prints,
         "memory": role_memory({context.name: role.weights}),

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from rlhf_jax.data.order import DataOrder
 from rlhf_jax.evaluation import wilson
 from rlhf_jax.models.roles import Weights, split, weight_axes
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.gradient import GradientFunction
 from rlhf_jax.training.loop import Schedule, run_loop
+from rlhf_jax.training.randomness import order_seed
 from rlhf_jax.training.state import (
     TrainState,
     init_state,
@@ -24,10 +27,22 @@ from rlhf_jax.training.state import (
 )
 from rlhf_jax.training.throughput import peak_flops
 
+Place = Callable[[np.ndarray, np.ndarray], Any]
+
 
 def steps_of(config: ConfigDict, records: int) -> int:
     """Steps of `batch_size` records that make `epochs` over all of them, at least one."""
     return max(1, math.ceil(config.epochs * records / config.batch_size))
+
+
+def ordered(context: Context, count: int, place: Place) -> Callable[[int], Any]:
+    """The function iteration -> its batch of `batch_size` of `count` rows, by the stage's order.
+
+    `place` is the function (row numbers, the epoch each is read in) -> the batch of these rows on the mesh; a padding
+    row, number -1, has the weight 0 in it.
+    """
+    order, size = DataOrder(count, order_seed(context.seed, context.name)), context.config.batch_size
+    return lambda iteration: place(order.batch(iteration, size), order.epochs(iteration, size))
 
 
 class Prepared(NamedTuple):
@@ -67,9 +82,19 @@ def train(
     steps_each: int = 1,
     watch: Callable[[int, dict[str, jax.Array]], str] | None = None,
     anchors: dict[str, str] | None = None,
+    spending: Callable[[int], dict[str, Any]] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs the loop with the stage's schedule, checkpoints and learning rate; `run_loop` says what it returns."""
+    """Runs the loop with the stage's schedule, checkpoints and learning rate; `run_loop` says what it returns.
+
+    Args:
+      spending: of a private stage: what it has spent after an iteration, for its metrics.
+    """
     config: ConfigDict = context.config
+
+    def accounted(state: Any, iteration: int) -> tuple[Any, dict[str, Any]]:
+        state, metrics = advance(state, iteration)
+        return state, metrics | spending(iteration)  # type: ignore[misc]
+
     return run_loop(
         name=context.name,
         folder=context.folder,
@@ -82,11 +107,11 @@ def train(
             steps_each,
         ),
         state=state,
-        advance=advance,
+        advance=accounted if spending else advance,
         evaluate=evaluate,
         metric=config.evaluation.metric,
         higher_is_better=config.evaluation.higher_is_better,
-        shown=shown,
+        shown=(*shown, "privacy/epsilon"),
         learning_rate=make_schedule(config.optimizer, iterations * steps_each),
         tokens_each=tokens_each,
         flops_each=flops_each,

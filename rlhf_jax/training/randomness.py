@@ -3,6 +3,7 @@
 import hashlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -14,6 +15,11 @@ def stage_key(seed: int, stage: str, purpose: str) -> jax.Array:
     """The key of one purpose of one stage; fold step, record id, draw and token position into it."""
     key = jax.random.key(seed)
     return jax.random.fold_in(jax.random.fold_in(key, _word(stage)), _word(purpose))
+
+
+def step_keys(key: jax.Array, count: int) -> list[jax.Array]:
+    """The key of each step 0 ... count - 1, made before a loop so that the loop moves nothing to the device."""
+    return list(jax.vmap(lambda step: jax.random.fold_in(key, step))(jnp.arange(count)))
 
 
 def order_seed(seed: int, stage: str) -> int:

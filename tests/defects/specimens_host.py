@@ -23,7 +23,7 @@ generation = importlib.import_module("rlhf_jax.rollout.generate")  # the package
 
 
 def one_key_for_rollouts(patch: Patches) -> None:
-    patch.wrap(stage, "_fold_ins", lambda fold_ins: lambda key, count: fold_ins(key, 1) * count)
+    patch.wrap(stage, "step_keys", lambda keys: lambda key, count: keys(key, 1) * count)
 
 
 def one_draw_for_epochs(patch: Patches) -> None:

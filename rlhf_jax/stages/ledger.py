@@ -1,0 +1,114 @@
+"""The ledger `privacy.json`: what every private stage spent on which data, and what that is worth together."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlhf_jax.data.units import normalized_prompt, shared_units, unit_of
+from rlhf_jax.errors import UserError
+from rlhf_jax.privacy.ledger import Spent, joint_claim, mechanism_of, statement
+from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.private import CLAIM_FILE
+from rlhf_jax.stages.provenance import RAW, claims, data_fields, is_public, private_stages, provenance, public_inputs
+from rlhf_jax.training.checkpoints import write_json
+
+LEDGER_FILE = "privacy.json"
+
+
+def _claiming(config: ConfigDict) -> list[str]:
+    return [name for name in private_stages(config) if claims(config.stages[name])]
+
+
+def _there(context: Context) -> bool:
+    """Whether the stage's data can be read already: no stage has still to make it."""
+    names = context.data_names("data")
+    made = [name for name in names if name.split("/")[0] in context.experiment.stages]
+    return all(context.path(name).exists() for name in made)
+
+
+def _units(context: Context) -> list[tuple[str, str]]:
+    """(unit, normalized prompt) of every record that a private stage trains on."""
+    config, field = context.config, context.config.privacy.unit
+    records, _ = context.records(config.data, config.schema)
+    where = f'stages.{context.name}.privacy.unit "{field}", {config.data}'
+    return [(unit_of(record, i, field, where), normalized_prompt(record)) for i, record in enumerate(records)]
+
+
+def find_overlaps(contexts: Mapping[str, Context]) -> list[dict[str, Any]]:
+    """Pairs of claiming stages that share units, as far as their data is there: {"stages": [a, b], "shared", "of"}.
+
+    Units are the same by name where both stages name them by one field, else by normalized prompt.
+
+    Raises:
+      UserError: a record lacks the field that names its unit; units are shared and `privacy.overlap` is "refuse".
+    """
+    config = next(iter(contexts.values())).experiment
+    names = [name for name in _claiming(config) if _there(contexts[name])]
+    if not names:
+        return []
+    found: list[dict[str, Any]] = []
+    units = {name: _units(contexts[name]) for name in names}
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            fields = {config.stages[name].privacy.unit for name in (a, b)}
+            shared = shared_units(units[a], units[b], by_name=len(fields) == 1 and fields != {""})
+            if shared:
+                found.append({"stages": [a, b], "shared": len(shared), "of": len({unit for unit, _ in units[a]})})
+    if found and config.privacy.overlap == "refuse":
+        (a, b), count = found[0]["stages"], found[0]["shared"]
+        raise UserError(
+            f"stages.{b} and stages.{a} share {count} privacy unit(s): each one's epsilon is then spent on them twice; "
+            'give them disjoint data, or set privacy.overlap="compose" to have the epsilons added up'
+        )
+    return found
+
+
+def write_ledger(workdir: Path, config: ConfigDict, contexts: Mapping[str, Context]) -> dict[str, Any] | None:
+    """Writes what was spent so far, a run that has begun counting whole; returns it, None where nothing is private.
+
+    Runs stay in it when their stages are deleted: what they gave away they gave away.
+    """
+    names = _claiming(config)
+    path = workdir / LEDGER_FILE
+    old = json.loads(path.read_text()) if path.exists() else {}
+    runs: dict[str, Any] = {nonce: {**run, "state": "deleted"} for nonce, run in old.get("runs", {}).items()}
+    for name in names:
+        file = workdir / name / CLAIM_FILE
+        if file.exists():
+            begun = json.loads(file.read_text())
+            done = (workdir / name / "result.json").exists()
+            runs[begun["nonce"]] = {
+                "stage": name,
+                "state": "finished" if done else "begun",
+                "data": begun["data"],
+                "claim": begun["claim"],
+            }
+    if not runs:
+        return None
+    overlaps = find_overlaps(contexts)
+    spent = [Spent(run["stage"], mechanism_of(run["claim"]), run["claim"]["delta"]) for run in runs.values()]
+    kinds = provenance(config)
+    joint = joint_claim(spent, [tuple(overlap["stages"]) for overlap in overlaps])
+    units = sorted({run["data"]["unit"] for run in runs.values()})
+    data = {value: is_public(config, value) for name in config.stages for _, value in data_fields(config, name)}
+    ledger = {
+        "claim": joint,
+        "statement": statement(
+            joint,
+            unit=" or ".join(units),
+            names=list(dict.fromkeys(run["stage"] for run in runs.values())),
+            raw=[name for name, kind in kinds.items() if kind == RAW],
+            public=[value for value, public in data.items() if public],
+            trusted=list(dict.fromkeys(value for name in config.stages for value in public_inputs(config, name))),
+            discarded=sum(run["state"] == "deleted" for run in runs.values()),
+        ),
+        "overlaps": overlaps,
+        "stages": kinds,
+        "data": {value: "public" if public else "private" for value, public in data.items()},
+        "runs": runs,
+    }
+    write_json(path, ledger)
+    return ledger
