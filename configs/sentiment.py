@@ -91,16 +91,15 @@ def get_config(argument="imdb"):
         size = dict(prefix_tokens=(64, 64), batch_size=512, iterations=1953, kl_horizon=10_000)  # 1M answers
         rate, every = dict(learning_rate=1e-5, final=0.0), 200
     else:
-        size = dict(prefix_tokens=(16, 32), batch_size=128, iterations=60, kl_horizon=1500)
-        rate, every = dict(learning_rate=3e-4, final=0.1), 20  # at 0 the controller could mend nothing any more
+        size = dict(prefix_tokens=(16, 32), batch_size=128, iterations=120, kl_coef=0.3, kl_horizon=2000)
+        rate, every = dict(learning_rate=3e-4, final=0.3), 20  # at 0 the controller could mend nothing any more
     for number in (1, 2, 3):
         stages[f"ppo_{number}"] = stage(
             "ppo",
             init=base,
             reward="classifier",
             data=train,
-            **PAPER,
-            **size,
+            **{**PAPER, **size},
             optimizer={**ADAM, **rate},
             evaluation=dict(data=test, records=128, every=every),
         )

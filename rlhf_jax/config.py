@@ -87,7 +87,7 @@ PRIVACY = dict(  # differential privacy of a stage's training data; batch_size i
     unit="",  # what is hidden: "" a record, or all records whose field of this name has one value (an author, a post)
     contribution=1,  # records of a unit (chunks of a document) that are read at most
     physical_batch=0,  # units a batch has room for; 0: the expected ones and 4 standard deviations
-    backend="",  # per-unit gradients: "" (the cheapest) | "vmap" | "adapters"
+    backend="",  # per-unit gradients: "" (the cheapest) | "vmap" | "adapters" | "bookkeeping" | "ghost"
     released_share=0.0,  # of the budget, for noisy figures of the training data; 0 shows none
     loss_bound=5.0,  # what a unit's loss, KL or score is clipped to before it is released
     kl_bound=20.0,
@@ -288,6 +288,14 @@ STAGES: dict[str, dict[str, Any]] = {
         batch_size=64,
         prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
         samples=6,
+        mesh=MESH,
+    ),
+    "audit": dict(
+        subject=REQUIRED,  # a private stage: it runs once more, with canaries among its units
+        canaries=1000,  # each in the run by a fair coin; so many can prove an epsilon of 7 or 8 at most
+        idle=100,  # coordinates that show the noise alone
+        confidence=0.95,  # of the lower bound
+        level=0.01,  # the chance that a correct run is flagged by its estimate, or by its noise
         mesh=MESH,
     ),
     "export": dict(

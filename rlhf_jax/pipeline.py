@@ -14,7 +14,7 @@ from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.reporting import write_report
 from rlhf_jax.rollout.functions import function_identity
-from rlhf_jax.stages import best_of_n, export, memorization, ppo, preference, prepare, reward, sft, tokenizer
+from rlhf_jax.stages import audit, best_of_n, export, memorization, ppo, preference, prepare, reward, sft, tokenizer
 from rlhf_jax.stages import plan as plans
 from rlhf_jax.stages.context import MODEL_FIELDS, Context
 from rlhf_jax.stages.ledger import find_overlaps, write_ledger
@@ -33,6 +33,7 @@ KINDS: dict[str, Any] = {
     "preference": preference,
     "best_of_n": best_of_n,
     "memorization": memorization,
+    "audit": audit,
     "export": export,
 }
 

@@ -28,7 +28,7 @@ TRAINED = ("sft", "ppo", "preference", "reward")  # kinds that leave a model
 POLICIES = ("sft", "ppo", "preference")
 GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo")  # compare the answers to one prompt
 CRITIC_FREE = (*GROUP_ESTIMATORS, "reinforce++")
-PRIVATE_BACKENDS = ("", "vmap", "adapters")
+PRIVATE_BACKENDS = ("", "vmap", "adapters", "bookkeeping", "ghost")
 REFERENCE_FREE = ("orpo", "simpo")  # preference losses without a reference model
 UPDATE_METRICS = ("policy/approxkl", "policy/clipfrac", "val/clipfrac", "val/ratio_error")
 ROLLOUT_METRICS = (
@@ -167,6 +167,21 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
             raise UserError(f'{where} asks "{subject}", which is no {", ".join(POLICIES)} stage: {hint}')
 
 
+def _check_audit(stages: ConfigDict, config: ConfigDict, where: str) -> None:
+    subject = stages[config.subject]
+    if not 0 < subject.privacy.epsilon < float("inf"):
+        raise UserError(
+            f'{where}.subject is "{config.subject}", which claims no privacy: give stages.{config.subject} a finite '
+            "privacy.epsilon, or name another stage"
+        )
+    for field, least in (("canaries", 20), ("idle", 2)):
+        if config[field] < least:
+            raise UserError(f"{where}.{field} is {config[field]}: give at least {least}")
+    for field in ("confidence", "level"):
+        if not 0 < config[field] < 1:
+            raise UserError(f"{where}.{field} is {config[field]}: it must be between 0 and 1")
+
+
 def _check_ppo(stages: ConfigDict, config: ConfigDict, where: str) -> None:
     if config.top_k or config.top_p != 1.0:
         raise UserError(
@@ -274,6 +289,7 @@ CHECKS_BY_KIND: dict[str, Any] = {
     "ppo": _check_ppo,
     "preference": _check_preference,
     "best_of_n": _check_best_of_n,
+    "audit": _check_audit,
 }
 
 

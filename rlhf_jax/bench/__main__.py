@@ -1,4 +1,4 @@
-"""`python -m rlhf_jax.bench sft|generate|ppo|sft_1b|decode_1b [repeats]`: one JSON line."""
+"""`python -m rlhf_jax.bench sft|generate|ppo|sft_1b|decode_1b|dp [repeats]`: one JSON line."""
 
 import json
 import resource
@@ -7,15 +7,20 @@ import sys
 
 import jax
 
+from rlhf_jax.bench.dp import dp
 from rlhf_jax.bench.workloads import WORKLOADS
 
 
 def main(argv: list[str]) -> int:
     """Runs one workload; returns the exit status."""
-    if len(argv) < 2 or argv[1] not in WORKLOADS:
-        print(f"error: name a workload: {', '.join(WORKLOADS)}", file=sys.stderr)
+    if len(argv) < 2 or argv[1] not in (*WORKLOADS, "dp"):
+        print(f"error: name a workload: {', '.join(WORKLOADS)}, dp", file=sys.stderr)
         return 2
-    out = WORKLOADS[argv[1]](int(argv[2]) if len(argv) > 2 else 8)
+    repeats = int(argv[2]) if len(argv) > 2 else 8
+    if argv[1] == "dp":
+        print(json.dumps({"workload": "dp", "device": jax.devices()[0].device_kind, **dp(repeats)}))
+        return 0
+    out = WORKLOADS[argv[1]](repeats)
     seconds = statistics.median(out["seconds_all"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stats = jax.local_devices()[0].memory_stats() or {}

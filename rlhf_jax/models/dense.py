@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.models.quantized import is_quantized, plain
+from rlhf_jax.objectives.taps import KernelTap, Tapped, finite, kernel_tap, per_row
 
 Array = jax.Array
 
@@ -60,6 +61,64 @@ def _frozen_backward(kernel: Any, g: Array) -> tuple[Array, None]:
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 
 
+def tapped_matmul(x: Array, kernel: Tapped) -> Array:
+    """`x @ kernel.weight`; the backward pass also gives the kernel's tap what it shows of each unit's gradient."""
+    kernel.used("kernel", x.shape, x.dtype)
+    if kernel.tap is None:
+        return matmul(x, kernel.weight.astype(x.dtype))
+    return _tapped_matmul(kernel.tap.squares.shape[0], kernel.tap.kept is not None, x, kernel.weight, kernel.tap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tapped_matmul(units: int, keep: bool, x: Array, w: Array, tap: KernelTap) -> Array:
+    return matmul(x, w.astype(x.dtype))
+
+
+def _tapped_forward(units: int, keep: bool, x: Array, w: Array, tap: KernelTap) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, w.astype(x.dtype)), (x, w)
+
+
+def _tapped_backward(
+    units: int, keep: bool, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, KernelTap]:
+    x, w = residuals
+    dx = matmul(g, w.astype(g.dtype).T)
+    _, dw = _matmul_backward((finite(x), w), finite(g))
+    return dx, dw, kernel_tap(x, g, units, keep)
+
+
+_tapped_matmul.defvjp(_tapped_forward, _tapped_backward)
+
+
+def _groups(x: Array, count: int) -> Array:
+    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+
+
+@jax.custom_vjp
+def grouped_matmul(x: Array, w: Array) -> Array:
+    """`matmul` of x (B, T, d_in) with a matrix for each equal group of rows, w (R, d_in, d_out).
+
+    Its backward pass saves x itself: projections that read the same x save it once, as those without groups do.
+    """
+    y = jnp.einsum("gbti,gio->gbto", _groups(x, w.shape[0]), w, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _grouped_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return grouped_matmul(x, w), (x, w)
+
+
+def _grouped_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    dx = grouped_matmul(g, jnp.swapaxes(w, 1, 2))
+    rows, grads = _groups(x, w.shape[0]), _groups(g, w.shape[0])
+    dw = jnp.einsum("gbti,gbto->gio", rows, grads, preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+
 def low_rank(x: Array, a: Array, b: Array) -> Array:
     """`x @ a @ b` for x (B, T, d_in), with one adapter for all rows or one for each equal group of rows.
 
@@ -75,10 +134,7 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     if a.ndim == 2:
         return matmul(matmul(x, a), b)
-    groups = x.reshape(a.shape[0], x.shape[0] // a.shape[0], *x.shape[1:])  # (R, B/R, T, d_in)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden = product("gbtd,gdr->gbtr", groups, a).astype(x.dtype)
-    return product("gbtr,gro->gbto", hidden, b).astype(x.dtype).reshape(*x.shape[:-1], b.shape[-1])
+    return grouped_matmul(grouped_matmul(x, a), b)
 
 
 def project(x: Array, kernel: Any, bias: Array | None = None, adapter: dict[str, Array] | None = None) -> Array:
@@ -86,13 +142,16 @@ def project(x: Array, kernel: Any, bias: Array | None = None, adapter: dict[str,
 
     Args:
       x: (B, T, d_in).
-      kernel: (d_in, d_out), cast to x's dtype; or a quantized one (`models.quantized`), which is frozen.
+      kernel: (d_in, d_out), cast to x's dtype; or a quantized one (`models.quantized`), which is frozen; or `Tapped`.
       bias: (d_out,) or None.
       adapter: {"a", "b"} as `low_rank` takes them, b already scaled, or None.
     """
-    y = frozen_matmul(x, kernel) if is_quantized(kernel) else matmul(x, kernel.astype(x.dtype))
+    if is_quantized(kernel):
+        y = frozen_matmul(x, kernel)
+    else:
+        y = tapped_matmul(x, kernel) if isinstance(kernel, Tapped) else matmul(x, kernel.astype(x.dtype))
     if bias is not None:
-        y = y + bias.astype(x.dtype)
+        y = y + per_row(bias, y).astype(x.dtype)
     if adapter is not None:
         y = y + low_rank(x, adapter["a"], adapter["b"])
     return y

@@ -20,6 +20,7 @@ from rlhf_jax.models.cache import Attention, Cache, prefill_attention, step_atte
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.dense import project
 from rlhf_jax.models.leaves import Leaf, base_leaves
+from rlhf_jax.objectives.taps import Tapped, look_up, per_row
 
 Array = jax.Array
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -53,7 +54,7 @@ def normalize(config: TransformerConfig, x: Array, scale: Array, bias: Array | N
         out = normed * (scale if config.norm_offset == 0.0 else scale.astype(jnp.float32) + config.norm_offset)
         return (out if bias is None else out + bias).astype(x.dtype)
 
-    return normalized(x, scale, bias)
+    return normalized(x, per_row(scale, x), per_row(bias, x))
 
 
 def block(
@@ -192,11 +193,11 @@ class Transformer(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         outer = prepared if prepared is not None else self._outer()
-        x = jnp.take(outer["embedding"], tokens, axis=0).astype(c.dtype)
+        x = look_up(outer["embedding"], tokens).astype(c.dtype)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.positions == "learned":
-            x = x + jnp.take(outer["positions"], positions, axis=0).astype(c.dtype)
+            x = x + look_up(outer["positions"], positions).astype(c.dtype)
         x = constrain(x, "batch", None, None)
         if cache is None and prepared is None:
             x = self._scanned(x, positions, segment_ids, adapters, keep)
@@ -236,7 +237,8 @@ class Transformer(nn.Module):
             return f if c.remat == "none" else jax.checkpoint(f, policy=REMAT[c.remat])
 
         leaves = (self.layers(), _layers_first(adapters), kind_of)
-        if keep is None or current_platform() != "cpu":
+        tapped = any(isinstance(leaf, Tapped) for leaf in leaves[0].values())  # a tap has one shape for all layers
+        if keep is None or tapped or current_platform() != "cpu":
             x, _ = jax.lax.scan(remat(layer), x, leaves)
             return at_positions(x, keep)
         first, last = _last_apart(leaves)
@@ -311,6 +313,9 @@ def _last_apart(stacked: Any) -> tuple[Any, Any]:
     return jax.tree.unflatten(tree, first), jax.tree.unflatten(tree, last)
 
 
-def output_kernel(config: TransformerConfig, params: dict[str, Any]) -> Array:
-    """The (width, V) kernel that turns hidden states into logits."""
-    return params["embedding"].T if config.tie_embeddings else params["head"]
+def output_kernel(config: TransformerConfig, params: dict[str, Any]) -> Any:
+    """The (width, V) kernel that turns hidden states into logits; `Tapped` where its leaf is."""
+    leaf = params["embedding" if config.tie_embeddings else "head"]
+    if not config.tie_embeddings:
+        return leaf
+    return Tapped(leaf.weight.T, leaf.tap, leaf.uses) if isinstance(leaf, Tapped) else leaf.T

@@ -1,10 +1,24 @@
 """Log-probabilities of given tokens, without ever holding logits of size batch x length x vocabulary."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from rlhf_jax.objectives.taps import (
+    OutputTap,
+    Tapped,
+    by_unit,
+    exact,
+    factors_are_smaller,
+    finite,
+    gram,
+    squared,
+    unit_products,
+)
 
 Array = jax.Array
 LOGITS_AT_ONCE = 1 << 21  # elements of the logits held at a time (8 MiB in float32)
@@ -34,6 +48,11 @@ def _from_chunks(x: Array, length: int) -> Array:
 def _logits(hidden: Array, kernel: Array, temperature: float, softcap: float) -> Array:
     rank = hidden.ndim
     logits = lax.dot_general(hidden, kernel, (((rank - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return _capped(logits, temperature, softcap)
+
+
+def _capped(logits: Array, temperature: float, softcap: float) -> Array:
+    """Raw logits after soft cap and temperature."""
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     return logits if temperature == 1.0 else logits / temperature
@@ -65,22 +84,41 @@ def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, s
     return (logprobs, entropy), (hidden, kernel, targets, log_total, entropy)
 
 
+def _logit_gradients(
+    logits: Array,
+    onehot: Array,
+    log_total: Array,
+    entropy: Array,
+    gradients: Sequence[Array],
+    temperature: float,
+    softcap: float,
+) -> Array:
+    """The gradient (..., V), before soft cap and temperature, of logits (..., V), any part of the vocabulary.
+
+    Args:
+      onehot: (..., V), which of these logits is the target's.
+      log_total, entropy: (...,), of the whole vocabulary.
+      gradients: two, of log-probability and of entropy (...,).
+    """
+    g_logprob, g_entropy = (g[..., None] for g in gradients)
+    logp = logits - log_total[..., None]
+    # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
+    out = jnp.where(onehot, g_logprob, 0.0)
+    out -= jnp.exp(logp) * (g_logprob + g_entropy * (logp + entropy[..., None]))
+    if softcap:  # d tanh(x) = 1 - tanh(x)^2
+        out = out * (1.0 - jnp.square(logits * (temperature / softcap)))
+    return out / temperature
+
+
 def _backward(temperature: float, softcap: float, chunk: int, residuals, gradients):
     hidden, kernel, targets, log_total, entropy = residuals
     compute = kernel.astype(hidden.dtype)
 
     def one(dkernel: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        h, target, log_z, ent, g_logprob, g_entropy = inputs
+        h, target, log_z, ent, *grads = inputs
         logits = _logits(h, compute, temperature, softcap)
-        logp = logits - log_z[..., None]
-        probs = jnp.exp(logp)
-        # d logprob / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
-        onehot = target[..., None] == jnp.arange(logp.shape[-1])
-        dlogits = jnp.where(onehot, g_logprob[..., None], 0.0)
-        dlogits -= probs * (g_logprob[..., None] + g_entropy[..., None] * (logp + ent[..., None]))
-        if softcap:  # d tanh(x) = 1 - tanh(x)^2
-            dlogits = dlogits * (1.0 - jnp.square(logits * (temperature / softcap)))
-        dlogits = (dlogits / temperature).astype(h.dtype)
+        onehot = target[..., None] == jnp.arange(logits.shape[-1])
+        dlogits = _logit_gradients(logits, onehot, log_z, ent, grads, temperature, softcap).astype(h.dtype)
         dkernel += lax.dot_general(h, dlogits, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
         dh = lax.dot_general(dlogits, compute, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         return dkernel, dh.astype(h.dtype)
@@ -96,8 +134,112 @@ def _backward(temperature: float, softcap: float, chunk: int, residuals, gradien
 _token_logprobs.defvjp(_forward, _backward)
 
 
+def _shards() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _tapped_logprobs(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    tap: OutputTap,
+    temperature: float,
+    softcap: float,
+    chunk: int,
+    units: int,
+) -> tuple[Array, Array]:
+    return _forward(hidden, kernel, targets, temperature, softcap, chunk)[0]
+
+
+def _tapped_forward(hidden, kernel, targets, tap, temperature: float, softcap: float, chunk: int, units: int):
+    return _forward(hidden, kernel, targets, temperature, softcap, chunk)
+
+
+def _tapped_backward(temperature: float, softcap: float, chunk: int, units: int, residuals, gradients):
+    """`_backward` in chunks of the vocabulary: of a Gram matrix over positions each chunk gives one term."""
+    hidden, kernel, targets, log_total, entropy = residuals
+    positions, (width, vocab) = by_unit(hidden, units).shape[1], kernel.shape
+    count = -(-targets.size * vocab // (LOGITS_AT_ONCE * _shards()))
+    size = -(-vocab // count)
+    kernels = jnp.pad(kernel.astype(hidden.dtype), ((0, 0), (0, count * size - vocab)))
+    kernels = jnp.moveaxis(kernels.reshape(width, count, size), 1, 0)  # (n, D, size)
+    as_gram = factors_are_smaller(positions, width, vocab)
+
+    def one(carry: tuple[Array, Array], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        dhidden, sums = carry
+        compute, start = inputs
+        ids = start + jnp.arange(size)
+        logits = _logits(hidden, compute, temperature, softcap)
+        onehot = targets[..., None] == ids
+        dlogits = _logit_gradients(logits, onehot, log_total, entropy, gradients, temperature, softcap)
+        dlogits = jnp.where(ids < vocab, dlogits, 0.0).astype(hidden.dtype)
+        dhidden += lax.dot_general(dlogits, compute, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if as_gram:
+            sums += gram(by_unit(dlogits, units))
+        else:
+            sums += squared(unit_products(by_unit(hidden, units), by_unit(dlogits, units)))
+        contract = (((0, 1), (0, 1)), ((), ()))
+        dkernel = lax.dot_general(finite(hidden), finite(dlogits), contract, preferred_element_type=jnp.float32)
+        return (dhidden, sums), dkernel
+
+    sums = jnp.zeros((units, positions, positions) if as_gram else (units,), jnp.float32)
+    zeros = (jnp.zeros(hidden.shape, jnp.float32), sums)
+    (dhidden, sums), dkernels = lax.scan(one, zeros, (kernels, size * jnp.arange(count)))
+    squares = jnp.sum(gram(by_unit(hidden, units)) * sums, axis=(1, 2)) if as_gram else sums
+    dkernel = jnp.moveaxis(dkernels, 0, 1).reshape(width, -1)[:, :vocab]
+    shown = OutputTap(squares, hidden, targets.astype(jnp.float32), log_total, entropy, *gradients)
+    return dhidden.astype(hidden.dtype), dkernel.astype(kernel.dtype), None, shown
+
+
+_tapped_logprobs.defvjp(_tapped_forward, _tapped_backward)
+
+
+def output_gradient(kernel: Array, tap: OutputTap, factors: Array, temperature: float, softcap: float) -> Array:
+    """The sum (D, V) float32 of the units' gradients of an output kernel times their factors (units,); 0 leaves out."""
+    rows = tap.hidden.shape[0]
+    each = jnp.repeat(factors, rows // factors.shape[0])
+
+    def counted(x: Array, factor: Array) -> Array:
+        factor = factor.reshape(rows, *[1] * (x.ndim - 1))
+        return jnp.where(factor == 0, 0, x * factor).astype(x.dtype)
+
+    hidden, *rest = (counted(x, each != 0) for x in tap[1:])
+    targets, log_total, entropy = rest[:3]
+    gradients = tuple(counted(g, each) for g in tap[-2:])
+    batch, length = targets.shape
+    chunk = _chunk_length(batch, length, kernel.shape[1], _shards())
+    residuals = (hidden, kernel.astype(jnp.float32), targets, log_total, entropy)
+    return _backward(temperature, softcap, chunk, residuals, gradients)[1]
+
+
+def tied_products(
+    table: Array, ids: Array, gradients: Array, tap: OutputTap, temperature: float, softcap: float
+) -> Array:
+    """(units,) inner products of both gradients of a tied embedding: as the table of ids, and as the output kernel.
+
+    Of the second only the columns that ids name matter: sum over positions s, t of d logits[s, ids[t]] <hidden[s],
+    gradients[t]>.
+
+    Args:
+      table: (V, D); ids (rows, T) int32; gradients (rows, T, D) of the rows that ids looked up.
+    """
+    units = tap.squares.shape[0]
+    hidden, grads = by_unit(tap.hidden, units), by_unit(gradients, units)
+    ids = ids.reshape(units, 1, -1)
+    named = jnp.take(table, ids[:, 0], axis=0).astype(hidden.dtype)  # (units, Q, D)
+    across = (((2,), (2,)), ((0,), (0,)))
+    logits = lax.dot_general(hidden, named, across, preferred_element_type=jnp.float32)  # (units, P, Q)
+    logits = _capped(logits, temperature, softcap)
+    targets, log_total, entropy, *rest = (x.reshape(units, -1) for x in tap[2:])
+    onehot = targets[..., None] == ids
+    dlogits = _logit_gradients(logits, onehot, log_total, entropy, rest, temperature, softcap)
+    return jnp.sum(dlogits.astype(hidden.dtype) * exact(hidden, grads, across), axis=(1, 2))
+
+
 def token_logprobs(
-    hidden: Array, kernel: Array, targets: Array, temperature: float = 1.0, softcap: float = 0.0
+    hidden: Array, kernel: Any, targets: Array, temperature: float = 1.0, softcap: float = 0.0
 ) -> tuple[Array, Array]:
     """Log-probability of each target token and entropy of its distribution, in chunks of positions.
 
@@ -106,7 +248,7 @@ def token_logprobs(
 
     Args:
       hidden: (B, T, D) final hidden states; position t predicts targets[:, t].
-      kernel: (D, V) output kernel.
+      kernel: (D, V) output kernel, or `Tapped`.
       targets: (B, T) int32.
       temperature: logits are divided by it; static, above 0.
       softcap: logits become softcap * tanh(logits / softcap) before that; static, 0 leaves them.
@@ -115,10 +257,14 @@ def token_logprobs(
       logprobs (B, T) and entropy (B, T), float32, nats.
     """
     batch, length = targets.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.size
-    chunk = _chunk_length(batch, length, kernel.shape[1], shards)
-    return _token_logprobs(hidden, kernel, targets, temperature, softcap, chunk)
+    tap = kernel.tap["output"] if isinstance(kernel, Tapped) and kernel.tap else None
+    if isinstance(kernel, Tapped):
+        kernel.used("output", hidden.shape, hidden.dtype, temperature, softcap)
+        kernel = kernel.weight
+    chunk = _chunk_length(batch, length, kernel.shape[1], _shards())
+    if tap is None:
+        return _token_logprobs(hidden, kernel, targets, temperature, softcap, chunk)
+    return _tapped_logprobs(hidden, kernel, targets, tap, temperature, softcap, chunk, tap.squares.shape[0])
 
 
 def segment_totals(values: Array, segment_ids: Array, segments: int) -> Array:

@@ -7,13 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.objectives.records import Objective
+from rlhf_jax.privacy.canaries import Coordinates, choose_coordinates, projections, with_canaries
 from rlhf_jax.privacy.clipping import Bounds, clipped_sum, sensitivity
 from rlhf_jax.privacy.noise import add_noise, privatized
 
 Array = jax.Array
 Tree = Any
+
+CANARY_SCALE = 100.0  # a canary's gradient over the clip norm
 
 
 class PrivateBatch(NamedTuple):
@@ -30,6 +35,30 @@ class PrivateBatch(NamedTuple):
     present: Array
     key: Array
     figures: dict[str, Array] = {}
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Which coordinates of what trains an audit watches: those of its canaries, and idle ones that show noise alone."""
+
+    number: int
+    idle: int
+    seed: int
+
+    def coordinates(self, trainable: Tree, backend: str) -> tuple[Coordinates, Coordinates]:
+        """Of the canaries, and the idle ones.
+
+        Raises:
+          UserError: fewer numbers train than are to be watched.
+        """
+        size = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+        if self.number + self.idle > size // 2:
+            raise UserError(
+                f"an audit of {self.number} canaries and {self.idle} idle coordinates needs twice as many trained "
+                f"numbers, and {size} train: take fewer canaries"
+            )
+        chosen = choose_coordinates(trainable, self.number + self.idle, np.random.default_rng(self.seed), backend)
+        return Coordinates(*(x[: self.number] for x in chosen)), Coordinates(*(x[self.number :] for x in chosen))
 
 
 @dataclass(frozen=True)
@@ -71,28 +100,43 @@ class PrivateStep:
 
 
 def private_gradient(
-    objective: Objective, step: PrivateStep
+    objective: Objective, step: PrivateStep, canaries: Canaries | None = None
 ) -> Callable[[Tree, Tree, PrivateBatch], tuple[Tree, dict[str, Array]]]:
     """The function (trainable, frozen, `PrivateBatch`) -> (gradient, metrics), both safe to show.
 
     The gradient is (sum of clipped gradients + sigma C N(0, I)) / expected batch. Metrics are the released figures
     alone: whatever else an objective measures is a raw statistic of the records, and is dropped.
+
+    With `canaries`, batches are {"rows", "canary"} as `canaries.with_canaries` reads them, and the metrics also have
+    "audit/canaries" and "audit/idle": the noisy sum along the canaries' coordinates and the noise along the idle ones,
+    both over the sensitivity. They are for an audit alone.
     """
-    total = clipped_sum(
-        objective, step.clip_norm, backend=step.backend, accumulation=step.accumulation, units_rows=step.units_rows
-    )
+    bound = sensitivity(step.clip_norm)
 
     def gradient(trainable: Tree, frozen: Tree, batch: PrivateBatch) -> tuple[Tree, dict[str, Array]]:
+        watched = canaries and canaries.coordinates(trainable, step.backend)
+        total = clipped_sum(
+            with_canaries(objective, trainable, watched[0], CANARY_SCALE * bound) if watched else objective,
+            step.clip_norm,
+            backend=step.backend,
+            accumulation=step.accumulation,
+            units_rows=step.units_rows,
+        )
         summed = total(trainable, frozen, batch.rows, batch.present)
         figures = {"loss/train": summed.losses, **batch.figures}
         grads = privatized(
             summed.total,
             batch.key,
             noise_multiplier=step.gradient_noise,
-            clip_norm=sensitivity(step.clip_norm),
+            clip_norm=bound,
             expected_batch=step.expected_batch,
         )
-        return grads, _released(step, figures, batch)
+        metrics = _released(step, figures, batch)
+        if watched:
+            seen, noise = watched[0], jax.tree.map(lambda g, s: g * step.expected_batch - s, grads, summed.total)
+            metrics["audit/canaries"] = projections(grads, seen) * (step.expected_batch / bound)
+            metrics["audit/idle"] = projections(noise, watched[1]) / bound
+        return grads, metrics
 
     return gradient
 

@@ -16,18 +16,6 @@ class Spent:
     delta: float
 
 
-def mechanism_of(claim: Mapping[str, Any]) -> Mechanism:
-    """The mechanism of a claim as `plan.Plan.figures` writes it."""
-    return Mechanism(
-        sampling_rate=claim["sampling_rate"],
-        noise_multiplier=claim["noise_multiplier"],
-        steps=claim["minibatches"],
-        uses=claim["uses"],
-        physical_batch=claim["physical_batch"],
-        records=claim["units"],
-    )
-
-
 def sharing_groups(stages: Sequence[str], shared: Sequence[tuple[str, str]]) -> list[list[str]]:
     """Stages that share units, directly or through others, in groups; every stage is in one.
 

@@ -1,6 +1,7 @@
 """What a private stage will spend: its noise, how many steps its budget allows, and epsilon as it grows."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,10 +27,16 @@ class Plan:
     adjacency: str
 
     def spent(self, minibatches: int) -> float:
-        """Epsilon after so many minibatches: that of the next of `POINTS` points, so never below the truth."""
+        """Epsilon after so many minibatches, never below the truth: that of the next of `POINTS` points, roughly."""
+        if not self.mechanism.noise_multiplier:
+            return math.inf
         every = max(1, math.ceil(self.mechanism.steps / POINTS))
         steps = min(self.mechanism.steps, math.ceil(minibatches / every) * every)
-        return composed_epsilon([replace(self.mechanism, steps=steps)], self.delta, self.adjacency)
+        whole = composed_epsilon([self.mechanism], self.delta, self.adjacency)
+        if steps == self.mechanism.steps:
+            return whole
+        so_far = [replace(self.mechanism, steps=steps)]
+        return min(whole, composed_epsilon(so_far, self.delta, self.adjacency, coarser=10.0))
 
     def figures(self) -> dict[str, Any]:
         """The claim in numbers, both adjacencies and the looser Renyi bound beside it."""
@@ -53,6 +60,19 @@ class Plan:
             f"epsilon_{other}": composed_epsilon([m], self.delta, other),
             "epsilon_renyi": rdp_epsilon(**asdict(m), delta=self.delta, adjacency=self.adjacency),
         }
+
+
+def plan_of(figures: Mapping[str, Any]) -> Plan:
+    """The plan that `Plan.figures` wrote."""
+    mechanism = Mechanism(
+        sampling_rate=figures["sampling_rate"],
+        noise_multiplier=figures["noise_multiplier"],
+        steps=figures["minibatches"],
+        uses=figures["uses"],
+        physical_batch=figures["physical_batch"],
+        records=figures["units"],
+    )
+    return Plan(figures["units"], mechanism, figures["target"], figures["delta"], figures["adjacency"])
 
 
 def make_plan(

@@ -42,6 +42,7 @@ class Context:
     workdir: Path
     identity: str  # hash of the stage's semantic fields and of its upstream stages
     bases: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    audited: Any = None  # an `audit.Recording`, where a private stage runs to be audited
 
     @property
     def config(self) -> ConfigDict:

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.units import normalized_prompt, shared_units, unit_of
 from rlhf_jax.errors import UserError
-from rlhf_jax.privacy.ledger import Spent, joint_claim, mechanism_of, statement
+from rlhf_jax.privacy.ledger import Spent, joint_claim, statement
+from rlhf_jax.privacy.plan import plan_of
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.private import CLAIM_FILE
 from rlhf_jax.stages.provenance import RAW, claims, data_fields, is_public, private_stages, provenance, public_inputs
@@ -89,7 +90,7 @@ def write_ledger(workdir: Path, config: ConfigDict, contexts: Mapping[str, Conte
     if not runs:
         return None
     overlaps = find_overlaps(contexts)
-    spent = [Spent(run["stage"], mechanism_of(run["claim"]), run["claim"]["delta"]) for run in runs.values()]
+    spent = [Spent(run["stage"], plan_of(run["claim"]).mechanism, run["claim"]["delta"]) for run in runs.values()]
     kinds = provenance(config)
     joint = joint_claim(spent, [tuple(overlap["stages"]) for overlap in overlaps])
     units = sorted({run["data"]["unit"] for run in runs.values()})

@@ -113,11 +113,11 @@ def run(context: Context) -> dict[str, Any]:
         memory = roles.memory(state.params, state.opt_state)
         context.progress(describe_memory(memory))
         sample = _sampler(context, roles, mesh)
-        watch = None
+        width, watch = prompts.longest + config.max_new_tokens, None
         if private is not None:
             drawn = Drawn(context, private, mesh)
             roll_out = _rollouts(context, roles, prompts, sample, drawn.rows, mesh)
-            advance = make_private_iteration(context, roles, roll_out, private, drawn, optimizer, shardings)
+            advance = make_private_iteration(context, roles, roll_out, private, drawn, optimizer, shardings, width)
         else:
             watch = Watch(
                 context.name, settings, context.experiment.checks, spec.config.dtype, config.kl_limit, context.progress
@@ -134,7 +134,6 @@ def run(context: Context) -> dict[str, Any]:
             evaluate = make_evaluation(context, held_out, roles, sample, size, mesh)
 
         # --- loop ------------------------------------------------------------------------------------------------
-        width = prompts.longest + config.max_new_tokens
         tokens = config.batch_size * width
         params, summary = train(
             context,
@@ -148,7 +147,7 @@ def run(context: Context) -> dict[str, Any]:
             flops_each=tokens * spec.config.forward_flops(width) * roles.forward_passes(settings.epochs),
             watch=watch,
             anchors=anchors,
-            spending=private.spending if private else None,
+            account=private.account if private else None,
         )
         check_unchanged(context.name, anchors, frozen_models)
         policy = roles.acting(params)["policy"]

@@ -238,7 +238,8 @@ def run(context: Context) -> dict[str, Any]:
         # --- step ------------------------------------------------------------------------------------------------
         reference_spec = reference.spec if reference else None
         if private:
-            gradient = private.gradient(preference_objective(settings, role.spec, reference_spec), role.spec)
+            objective = preference_objective(settings, role.spec, reference_spec)
+            gradient = private.gradient(objective, role, 2 * training["tokens"].shape[-1])
         else:
             gradient = preference_gradient(settings, role.spec, reference_spec, config.accumulation)
         state, fixed, step = prepare(context, role, gradient, steps, mesh)
@@ -275,7 +276,7 @@ def run(context: Context) -> dict[str, Any]:
             tokens_each=2 * config.batch_size * training["tokens"].shape[-1],
             flops_each=config.batch_size * _flops_each(settings, role.spec, training, reference_spec is not None),
             anchors=anchors,
-            spending=private.spending if private else None,
+            account=private.account if private else None,
         )
         role.weights = {**fixed, **params}
         prints = save_role(context.workdir, context.name, role)

@@ -17,14 +17,16 @@ from rlhf_jax.data.units import Units, group_units, unit_of
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import place_batch
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.roles import RoleSpec
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.roles import split
 from rlhf_jax.objectives.records import Objective
-from rlhf_jax.privacy.clipping import Bounds
-from rlhf_jax.privacy.gradient import PrivateBatch, PrivateStep, private_gradient
+from rlhf_jax.privacy.clipping import Bounds, choose_backend
+from rlhf_jax.privacy.gradient import Canaries, PrivateBatch, PrivateStep, private_gradient
 from rlhf_jax.privacy.noise import load_or_make_root, root_key, step_key
-from rlhf_jax.privacy.plan import Plan, make_plan
+from rlhf_jax.privacy.plan import make_plan, plan_of
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.train import Place, steps_of
+from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.gradient import GradientFunction
 from rlhf_jax.training.randomness import step_keys
@@ -91,7 +93,8 @@ class Private:
     def __init__(self, context: Context, units: Units, data_digest: str, shape: Shape):
         """`units`: of the rows of data that training may draw; `data_digest` tells them from others (`digest`)."""
         config, where = context.config.privacy, f"stages.{context.name}.privacy"
-        self.units = units
+        self._recording, self._records = context.audited, len(units)
+        self.units = units = self._recording.joined(units) if self._recording else units
         self._name, self._shape, self._config = context.name, shape, config
         micro = shape.units // shape.accumulation
         rate = min(1.0, shape.units / len(self.units))
@@ -99,21 +102,28 @@ class Private:
         if config.physical_batch:
             self.physical_batch = -(-config.physical_batch // micro) * micro
         self.accumulation = self.physical_batch // micro
-        self.plan: Plan = make_plan(
-            where,
-            units=len(self.units),
-            expected_batch=shape.units,
-            minibatches=shape.iterations * shape.minibatches,
-            uses=shape.uses,
-            physical_batch=self.physical_batch,
-            target=config.epsilon,
-            delta=config.delta,
-            noise=config.noise_multiplier,
-            adjacency=config.adjacency,
-            together=shape.minibatches,
-        )
+        if self._recording:
+            self._recording.private = self
+        begun = self._begun(context, data_digest)
+        if begun:
+            self.plan = plan_of(begun["claim"])
+        else:
+            self.plan = make_plan(
+                where,
+                units=len(self.units),
+                expected_batch=shape.units,
+                minibatches=shape.iterations * shape.minibatches,
+                uses=shape.uses,
+                physical_batch=self.physical_batch,
+                target=config.epsilon,
+                delta=config.delta,
+                noise=config.noise_multiplier,
+                adjacency=config.adjacency,
+                together=shape.minibatches,
+            )
+            begun = self._begin(context, data_digest)
+        nonce = begun["nonce"]
         self.iterations = self.plan.mechanism.steps // shape.minibatches
-        nonce = self._begin(context, data_digest)
         key = root_key(_shared_root(context))
         words = np.asarray(jax.random.key_data(step_key(key, nonce, context.name, "sampling", 0)))
         mechanism = self.plan.mechanism
@@ -132,20 +142,28 @@ class Private:
             context, units, data_digest, Shape(steps_of(config, len(units)), config.batch_size, config.accumulation)
         )
 
-    def _begin(self, context: Context, data_digest: str) -> str:
-        """The run's nonce, from the stage's folder; a new run writes it, with its claim, before the first draw."""
+    def _begun(self, context: Context, data_digest: str) -> dict[str, Any]:
+        """What this run wrote when it began, from the stage's folder; nothing if it has not begun."""
+        barrier(f"look for the claim of {context.name}")
         path = context.folder / CLAIM_FILE
-        if is_main_process() and not path.exists():
-            data = {"names": context.data_names("data"), "digest": data_digest, "unit": self._config.unit or "record"}
-            write_json(path, {"nonce": secrets.token_hex(16), "data": data, "claim": self.plan.figures()})
-        barrier(f"claim of {context.name}")
-        saved = json.loads(path.read_text())
-        if saved["data"]["digest"] != data_digest:
+        if not path.exists():
+            return {}
+        begun = json.loads(path.read_text())
+        if begun["data"]["digest"] != data_digest:
             raise UserError(
                 f"{context.name}: the training data is not what this private stage was begun with: put it back, or use "
                 "a new --workdir (the same noise on other data would give both away)"
             )
-        return saved["nonce"]
+        return begun
+
+    def _begin(self, context: Context, data_digest: str) -> dict[str, Any]:
+        """Writes the run's nonce, data and claim before its first draw; every process returns the same."""
+        path = context.folder / CLAIM_FILE
+        barrier(f"no claim of {context.name} yet")
+        data = {"names": context.data_names("data"), "digest": data_digest, "unit": self._config.unit or "record"}
+        write_json(path, {"nonce": secrets.token_hex(16), "data": data, "claim": self.plan.figures()})
+        barrier(f"claim of {context.name}")
+        return json.loads(path.read_text())
 
     def describe(self) -> str:
         """One line of what is spent on what."""
@@ -160,25 +178,49 @@ class Private:
             f"minibatches ({self.physical_batch} at most), noise multiplier {m.noise_multiplier:.4g}: {worth}"
         )
 
-    def step(self, clip_norm: Bounds, spec: RoleSpec, figures: Sequence[tuple[str, float]]) -> PrivateStep:
-        """The numbers of a noisy step; `figures` are released where the config gives them a share of the budget."""
-        share = self._config.released_share
+    def step(
+        self,
+        clip_norm: Bounds,
+        trainable: Any,
+        config: TransformerConfig,
+        positions: int,
+        figures: Sequence[tuple[str, float]],
+    ) -> PrivateStep:
+        """The numbers of a noisy step.
+
+        Args:
+          trainable: what trains, and config: of its decoder; they and the positions that the objective reads for a row
+            decide on the back end, unless the stage's config does.
+          figures: released where the config gives them a share of the budget.
+        """
+        share, rows = self._config.released_share, self._config.contribution * self._shape.answers
         return PrivateStep(
             clip_norm=clip_norm,
             noise_multiplier=self.plan.mechanism.noise_multiplier,
             expected_batch=self._shape.units,
-            backend=self._config.backend or ("adapters" if spec.lora else "vmap"),
+            backend=self._config.backend or choose_backend(trainable, config, rows * positions),
             accumulation=self.accumulation,
-            units_rows=self._config.contribution * self._shape.answers,
+            units_rows=rows,
             released=tuple(figures) if share else (),
             released_share=share,
         )
 
-    def gradient(self, objective: Objective, spec: RoleSpec) -> GradientFunction:
-        """The private gradient of a stage that trains one role on its records; its batches are `batch`'s."""
-        return private_gradient(
-            objective, self.step(self._config.clip_norm, spec, [("loss/train", self._config.loss_bound)])
-        )
+    @property
+    def gradient_noise(self) -> float:
+        """The noise multiplier of the gradient, part of the budget being spent on released figures."""
+        return self.plan.mechanism.noise_multiplier / (1.0 - self._config.released_share) ** 0.5
+
+    def gradient(self, objective: Objective, role: Role, positions: int) -> GradientFunction:
+        """The private gradient of a stage that trains one role on its records; its batches are `batches`'."""
+        trainable, _ = split(role.spec, role.weights)
+        figures = [("loss/train", self._config.loss_bound)]
+        step = self.step(self._config.clip_norm, trainable, role.spec.config, positions, figures)
+        return private_gradient(objective, step, self.canaries)
+
+    @property
+    def canaries(self) -> Canaries | None:
+        """What is watched where the stage runs to be audited."""
+        return self._recording and self._recording.canaries
 
     def batches(self, place: Place, mesh: Mesh) -> Callable[[int], PrivateBatch]:
         """The function iteration -> its Poisson batch on the mesh, and its noise key; `place` as in `train.ordered`."""
@@ -186,7 +228,9 @@ class Private:
         def batch(iteration: int) -> PrivateBatch:
             rows, present = self.draw(iteration)
             placed = place(rows, np.full(len(rows), iteration))
-            return PrivateBatch(placed, place_present(present, mesh), self.keys[iteration])
+            if self._recording:
+                placed = {"rows": placed, "canary": place_array(self.drawn_canaries(iteration), mesh)}
+            return PrivateBatch(placed, place_array(present, mesh), self.keys[iteration])
 
         return batch
 
@@ -195,11 +239,19 @@ class Private:
         units, present = self._sampler.batch(minibatch)
         return np.where(present[:, None], self.units.rows[units], -1).reshape(-1), present
 
-    def spending(self, iteration: int) -> dict[str, Any]:
-        """`privacy/epsilon` after iterations 0 ... `iteration`; nothing where no noise is drawn."""
-        if not self.plan.mechanism.noise_multiplier:
-            return {}
-        return {"privacy/epsilon": self.plan.spent((iteration + 1) * self._shape.minibatches)}
+    def drawn_canaries(self, minibatch: int) -> np.ndarray:
+        """The canary (physical_batch * contribution,) int32 that each row of a minibatch is, -1 for a real one."""
+        units, present = self._sampler.batch(minibatch)
+        numbers = self._recording.numbers(np.where(present, units - self._records, -1))
+        return np.repeat(numbers, self._config.contribution)
+
+    def account(self, iteration: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """An iteration's metrics with `privacy/epsilon` after it; what an audit watches is taken out and recorded."""
+        if self._recording:
+            metrics = self._recording.take(metrics)
+        if self.plan.mechanism.noise_multiplier:
+            metrics = metrics | {"privacy/epsilon": self.plan.spent((iteration + 1) * self._shape.minibatches)}
+        return metrics
 
     @property
     def rollout_rows(self) -> int:
@@ -211,9 +263,9 @@ class Private:
         return {"privacy": self.plan.figures()}
 
 
-def place_present(present: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Which units are there, on the mesh as the rows are."""
-    return place_batch(len(present), lambda mine: {"present": present[mine]}, mesh)["present"]
+def place_array(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A number for each unit or row, on the mesh as the rows are."""
+    return place_batch(len(array), lambda mine: {"array": array[mine]}, mesh)["array"]
 
 
 def _shared_root(context: Context) -> tuple[int, int]:

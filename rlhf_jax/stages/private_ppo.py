@@ -19,11 +19,11 @@ from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models.roles import RoleSpec
 from rlhf_jax.objectives import adaptive_kl_step
 from rlhf_jax.objectives.records import microbatches
-from rlhf_jax.privacy.gradient import PrivateBatch, PrivateStep, private_gradient
+from rlhf_jax.privacy.gradient import Canaries, PrivateBatch, PrivateStep, private_gradient
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.ppo_roles import Roles
-from rlhf_jax.stages.private import Private, Shape, digest, owners_of, place_present
+from rlhf_jax.stages.private import Private, Shape, digest, owners_of, place_array
 from rlhf_jax.stages.prompts import Prompts
 from rlhf_jax.training.experience import Experience, PPOConfig, make_experience
 from rlhf_jax.training.ppo import ppo_objective
@@ -69,7 +69,15 @@ class Drawn:
     def present(self, iteration: int) -> Array:
         """(units * minibatches,) bool on the mesh."""
         each = [self._private.draw(k)[1] for k in self._numbers(iteration)]
-        return place_present(np.stack(each, 1).reshape(-1), self._mesh)
+        return place_array(np.stack(each, 1).reshape(-1), self._mesh)
+
+    def canaries(self, iteration: int) -> Array | None:
+        """(units * minibatches * contribution,) int32 on the mesh, where the stage runs to be audited."""
+        if self._private.canaries is None:
+            return None
+        each = [self._private.drawn_canaries(k) for k in self._numbers(iteration)]
+        by_unit = [rows.reshape(self._private.physical_batch, -1) for rows in each]
+        return place_array(np.stack(by_unit, 1).reshape(-1), self._mesh)
 
     def keys(self, iteration: int) -> list[Array]:
         """The noise keys of all steps of an iteration, minibatch by minibatch, use by use."""
@@ -80,12 +88,16 @@ class Drawn:
         return range(iteration * self._count, (iteration + 1) * self._count)
 
 
-def private_step(context: Context, private: Private, settings: PPOConfig, spec: RoleSpec) -> PrivateStep:
-    """The numbers of a noisy step on policy and critic; KL and score are what may be released beside it."""
+def private_step(context: Context, private: Private, roles: Roles, positions: int) -> PrivateStep:
+    """The numbers of a noisy step on policy and critic; KL and score are what may be released beside it.
+
+    `positions`: of a prompt with its answer.
+    """
     fields = context.config.privacy
     bounds = {"policy": fields.clip_norm, "value": fields.critic_clip_norm}
     clip_norm = bounds if fields.critic_clip_norm else fields.clip_norm
-    return private.step(clip_norm, spec, [("objective/kl", fields.kl_bound), ("objective/scores", fields.score_bound)])
+    figures = [("objective/kl", fields.kl_bound), ("objective/scores", fields.score_bound)]
+    return private.step(clip_norm, roles.trainable, roles.policy.spec.config, positions, figures)
 
 
 def make_private_update(
@@ -95,20 +107,27 @@ def make_private_update(
     step: PrivateStep,
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
+    canaries: Canaries | None = None,
 ):
-    """The jitted `(state, frozen, experience, scores, present, keys) -> (state, metrics)`: one rollout's noisy steps.
+    """The jitted `(state, frozen, experience, scores, present, keys, canary) -> (state, metrics)`: one rollout's steps.
 
     Minibatches come one after the other, each with all its uses. Metrics are what was released, means over the steps;
     an adaptive coefficient follows the released KL. The state is donated.
 
     Args of the update:
       experience: rows of `Drawn.rows`, each `answers` times; scores: (B,) as trained on, to be released.
-      present: of `Drawn.present`; keys: (minibatches * epochs,) of `Drawn.keys`.
+      present: of `Drawn.present`; keys: (minibatches * epochs,) of `Drawn.keys`; canary: of `Drawn.canaries`.
     """
-    gradient = private_gradient(ppo_objective(config, policy, value), step)
+    gradient = private_gradient(ppo_objective(config, policy, value), step, canaries)
 
     def update(
-        state: TrainState, frozen: Any, experience: Experience, scores: Array, present: Array, keys: Array
+        state: TrainState,
+        frozen: Any,
+        experience: Experience,
+        scores: Array,
+        present: Array,
+        keys: Array,
+        canary: Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         constants = {**frozen, "kl_coef": state.controllers.kl_coef}
         units = len(present)
@@ -131,9 +150,14 @@ def make_private_update(
 
             return jax.lax.scan(use, state, keys)
 
-        batches = jax.tree.map(split, (experience, present, figures))
+        rows: Any = experience
+        if canary is not None:
+            rows = {"rows": experience, "canary": jnp.repeat(canary, len(scores) // len(canary))}
+        batches = jax.tree.map(split, (rows, present, figures))
         state, stacked = jax.lax.scan(one, state, (*batches, keys.reshape(config.minibatches, config.epochs)))
-        metrics = {name: x.mean() for name, x in stacked.items()}
+        metrics = {
+            name: x.reshape(-1, x.shape[-1]) if name.startswith("audit/") else x.mean() for name, x in stacked.items()
+        }
         metrics["objective/kl_coef"] = constants["kl_coef"]
         if config.kl_controller == "adaptive":
             answers = round(config.minibatches * step.expected_batch * config.samples)
@@ -154,6 +178,7 @@ def make_private_iteration(
     drawn: Drawn,
     optimizer: optax.GradientTransformation,
     shardings: TrainState,
+    positions: int,
 ):
     """The function (state, iteration) -> (state, metrics): the union of the minibatches rolled out, scored and learned.
 
@@ -161,8 +186,8 @@ def make_private_iteration(
     """
     settings, policy = roles.settings, roles.policy.spec
     value = None if roles.value is None else roles.value.spec
-    step = private_step(context, private, settings, policy)
-    update = make_private_update(settings, policy, value, step, optimizer, shardings)
+    step = private_step(context, private, roles, positions)
+    update = make_private_update(settings, policy, value, step, optimizer, shardings, private.canaries)
     parts = settings.minibatches * settings.accumulation
 
     def advance(state: Any, iteration: int) -> tuple[Any, Metrics]:
@@ -171,7 +196,7 @@ def make_private_iteration(
         read = roles.score(acting, rollout, parts)
         scores, _ = roles.judge.finish(pending)
         experience, _, _ = make_experience(settings, rollout, read, scores, state.controllers)
-        keys = jnp.stack(drawn.keys(iteration))
-        return update(state, roles.frozen, experience, scores, drawn.present(iteration), keys)
+        keys, present = jnp.stack(drawn.keys(iteration)), drawn.present(iteration)
+        return update(state, roles.frozen, experience, scores, present, keys, drawn.canaries(iteration))
 
     return advance

@@ -44,6 +44,8 @@ def provenance(config: ConfigDict) -> dict[str, str]:
         stage = config.stages[name]
         fed = [kinds[head] for head in _feeding(config, name)]
         hidden = [value for _, value in data_fields(config, name) if not _hides_nobody(config, kinds, value)]
+        if stage.kind == "audit":  # it reads its subject's data again
+            hidden += [v for _, v in data_fields(config, stage.subject) if not _hides_nobody(config, kinds, v)]
         if stage.kind == "prepare" and not is_public(config, name):
             hidden.append(stage.source)
         if RAW in fed or (hidden and not claims(stage)):

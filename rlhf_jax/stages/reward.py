@@ -228,9 +228,10 @@ def run(context: Context) -> dict[str, Any]:
         # --- step ------------------------------------------------------------------------------------------------
         objective = label_objective(role.spec) if labelled else reward_objective(role.spec)
         plain = plain_gradient(objective, config.accumulation)
-        gradient = private.gradient(objective, role.spec) if private else plain
+        positions = math.prod(training["tokens"].shape[1:])
+        gradient = private.gradient(objective, role, positions) if private else plain
         state, frozen, step = prepare(context, role, gradient, steps, mesh)
-        tokens = config.batch_size * math.prod(training["tokens"].shape[1:])
+        tokens = config.batch_size * positions
 
         def placed(rows: np.ndarray, epochs: np.ndarray) -> dict[str, jax.Array]:
             return place(training, rows, epochs, mesh)
@@ -254,7 +255,7 @@ def run(context: Context) -> dict[str, Any]:
             flops_each=training_passes(role.spec)
             * tokens
             * role.spec.config.forward_flops(training["tokens"].shape[-1], logits=False),
-            spending=private.spending if private else None,
+            account=private.account if private else None,
         )
         role.weights = {**frozen, **params}
 

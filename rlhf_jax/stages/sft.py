@@ -104,7 +104,7 @@ def run(context: Context) -> dict[str, Any]:
         # --- step ------------------------------------------------------------------------------------------------
         objective = sft_objective(role.spec, data.segments)
         plain = plain_gradient(objective, config.accumulation)
-        gradient = private.gradient(objective, role.spec) if private else plain
+        gradient = private.gradient(objective, role, data.width) if private else plain
         state, frozen, step = prepare(context, role, gradient, steps, mesh)
         flops = training_passes(role.spec) * tokens * role.spec.config.forward_flops(data.width)
 
@@ -128,7 +128,7 @@ def run(context: Context) -> dict[str, Any]:
             shown=("loss/train", "loss/eval", "perf/tokens_per_second"),
             tokens_each=tokens,
             flops_each=flops,
-            spending=private.spending if private else None,
+            account=private.account if private else None,
         )
         role.weights = {**frozen, **params}
         prints = save_role(context.workdir, context.name, role)

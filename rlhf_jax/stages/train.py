@@ -82,18 +82,18 @@ def train(
     steps_each: int = 1,
     watch: Callable[[int, dict[str, jax.Array]], str] | None = None,
     anchors: dict[str, str] | None = None,
-    spending: Callable[[int], dict[str, Any]] | None = None,
+    account: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the loop with the stage's schedule, checkpoints and learning rate; `run_loop` says what it returns.
 
     Args:
-      spending: of a private stage: what it has spent after an iteration, for its metrics.
+      account: of a private stage: (iteration, metrics) -> the metrics with what it has spent.
     """
     config: ConfigDict = context.config
 
     def accounted(state: Any, iteration: int) -> tuple[Any, dict[str, Any]]:
         state, metrics = advance(state, iteration)
-        return state, metrics | spending(iteration)  # type: ignore[misc]
+        return state, account(iteration, metrics)  # type: ignore[misc]
 
     return run_loop(
         name=context.name,
@@ -107,7 +107,7 @@ def train(
             steps_each,
         ),
         state=state,
-        advance=accounted if spending else advance,
+        advance=accounted if account else advance,
         evaluate=evaluate,
         metric=config.evaluation.metric,
         higher_is_better=config.evaluation.higher_is_better,

@@ -99,9 +99,10 @@ def test_the_seeds_start_at_one_base_and_differ_in_every_draw(work):
 def test_the_kl_coefficient_follows_the_paper(work, name):
     """b <- b (1 + clip(KL / 6 - 1, -0.2, 0.2) n / horizon): the first KL is 0."""
     before, after = rollouts(work, name)
-    horizon = json.loads((work / "config.json").read_text())["stages"][name]["kl_horizon"]
-    assert before["objective/kl_coef"] == pytest.approx(0.15)
-    assert after["objective/kl_coef"] == pytest.approx(0.15 * (1 - 0.2 * 8 / horizon), rel=1e-5)
+    stage = json.loads((work / "config.json").read_text())["stages"][name]
+    assert before["objective/kl_coef"] == pytest.approx(stage["kl_coef"])
+    moved = stage["kl_coef"] * (1 - 0.2 * 8 / stage["kl_horizon"])
+    assert after["objective/kl_coef"] == pytest.approx(moved, rel=1e-5)
 
 
 def test_the_report_shows_the_seeds_together(work):
