@@ -14,8 +14,8 @@ report.html shows them in one plot.
 
 2 CPU cores, 38 min 6 s with other work beside it. Expected (seed 0): base 4.73 nats a token; classifier right on 67 %
 of held-out beginnings; held-out score of the three seeds 0.12 -> 0.80, -0.07 -> 0.74, 0.20 -> 0.77; KL over the last
-quarter of the iterations 6.07, 5.81, 5.90 nats, its target 6. The coefficient starts at 0.3, twice the paper's: it falls
-while the KL rises, and in so few iterations what it falls too far costs an overshoot that is never paid back.
+quarter of the iterations 6.07, 5.81, 5.90 nats, its target 6. The coefficient starts at 0.3, twice the paper's: it
+falls while the KL rises, and in so few iterations what it falls too far costs an overshoot that is never paid back.
 
 The same file with a GPT-2 checkpoint (Hugging Face format, 124M) in the place of the small decoder has the paper's
 size: beginnings of 64 tokens, batches of 512, a million answers, learning rate 1e-5, a horizon of 10,000 answers:

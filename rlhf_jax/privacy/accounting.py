@@ -332,11 +332,14 @@ def _log_moment(rate, noise, order, replaced):
     return peak + np.log(np.exp(exponents - peak).sum() * step / (noise * math.sqrt(2 * math.pi)))
 
 
-def check_delta(delta: float, records: int) -> None:
-    """Refuse a delta that lets a mechanism publish a whole record: it has to be below 1 / records."""
+def check_delta(delta: float, records: int, where: str = "delta") -> None:
+    """Refuse a delta that lets a mechanism publish a whole record: it has to be below 1 / records.
+
+    `where` is what the message calls it.
+    """
     if delta >= 1 / records:
         raise UserError(
-            f"delta {delta:g} is not below 1/{records} = {1 / records:.3g} for {records} records: "
+            f"{where} {delta:g} is not below 1/{records} = {1 / records:.3g} for {records} records: "
             f"give a smaller one, {0.1 / records:.1g} or less"
         )
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.privacy.accounting import Mechanism, composed_epsilon, noise_multiplier, rdp_epsilon
+from rlhf_jax.privacy.accounting import Mechanism, check_delta, composed_epsilon, noise_multiplier, rdp_epsilon
 
 POINTS = 25  # of the curve of epsilon over steps; between two of them the later one is told
 
@@ -107,11 +107,7 @@ def make_plan(
     mechanism = Mechanism(rate, noise, minibatches, uses, physical_batch, units)
     if target == math.inf:
         return Plan(units, mechanism, target, delta, adjacency)
-    if not delta < 1 / units:
-        raise UserError(
-            f"{where}.delta is {delta:g}, not below 1 / units = {1 / units:.3g}: such a claim allows a unit to be "
-            f"published whole; give at most {0.1 / units:.1g}"
-        )
+    check_delta(delta, units, f"{where}.delta")
     if not noise:
         try:
             noise = noise_multiplier(

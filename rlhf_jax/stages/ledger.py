@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from rlhf_jax.data.units import normalized_prompt, shared_units, unit_of
 from rlhf_jax.errors import UserError
+from rlhf_jax.privacy.accounting import check_delta
 from rlhf_jax.privacy.ledger import Spent, joint_claim, statement
 from rlhf_jax.privacy.plan import plan_of
 from rlhf_jax.stages.context import Context
@@ -44,7 +45,8 @@ def find_overlaps(contexts: Mapping[str, Context]) -> list[dict[str, Any]]:
     Units are the same by name where both stages name them by one field, else by normalized prompt.
 
     Raises:
-      UserError: a record lacks the field that names its unit; units are shared and `privacy.overlap` is "refuse".
+      UserError: a record lacks the field that names its unit; a delta is not below 1 / units; units are shared and
+        `privacy.overlap` is "refuse".
     """
     config = next(iter(contexts.values())).experiment
     names = [name for name in _claiming(config) if _there(contexts[name])]
@@ -52,6 +54,9 @@ def find_overlaps(contexts: Mapping[str, Context]) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = []
     units = {name: _units(contexts[name]) for name in names}
+    for name in names:
+        delta, count = config.stages[name].privacy.delta, len({unit for unit, _ in units[name]})
+        check_delta(delta, count, f"stages.{name}.privacy.delta")
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             fields = {config.stages[name].privacy.unit for name in (a, b)}
@@ -92,7 +97,10 @@ def write_ledger(workdir: Path, config: ConfigDict, contexts: Mapping[str, Conte
     overlaps = find_overlaps(contexts)
     spent = [Spent(run["stage"], plan_of(run["claim"]).mechanism, run["claim"]["delta"]) for run in runs.values()]
     kinds = provenance(config)
-    joint = joint_claim(spent, [tuple(overlap["stages"]) for overlap in overlaps])
+    shared = [tuple(overlap["stages"]) for overlap in overlaps]
+    gone = {run["stage"] for run in runs.values()} - set(names)  # whom they hid is not known any more
+    shared += [(stage, run["stage"]) for stage in gone for run in runs.values() if run["stage"] != stage]
+    joint = joint_claim(spent, shared)
     units = sorted({run["data"]["unit"] for run in runs.values()})
     data = {value: is_public(config, value) for name in config.stages for _, value in data_fields(config, name)}
     ledger = {

@@ -46,6 +46,7 @@ from rlhf_jax.training.randomness import order_seed
 from rlhf_jax.training.state import fingerprint
 
 KEPT = ("desirable", "reference")  # what a record may hold beside its rows
+EMPTY = {"lengths": 1, "prompt_lengths": 1}  # of a padding record, which holds nothing of any other
 EVALUATED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
@@ -100,6 +101,11 @@ def _make_rows(context: Context, role: Role, data: str, part: str) -> Rows:
         return dict(saved)
 
 
+def _column(here: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """(n,) with as many axes as x (n, ...)."""
+    return here.reshape(-1, *[1] * (x.ndim - 1))
+
+
 def _place(data: Rows, rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
     """A batch as `training.preference` describes it; a row number of -1 is a padding record of weight 0."""
     at_most = data["answer_lengths"].max()
@@ -117,7 +123,10 @@ def _place(data: Rows, rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
             "prompt_lengths": prompt_lengths,
             "weight": (wanted >= 0).astype(np.float32),
         }
-        return batch | {name: data[name][at] for name in KEPT if name in data}
+        batch |= {name: data[name][at] for name in KEPT if name in data}
+        return {
+            name: np.where(_column(wanted >= 0, x), x, EMPTY.get(name, 0)).astype(x.dtype) for name, x in batch.items()
+        }
 
     return place_batch(len(rows), load, mesh)
 

@@ -5,6 +5,7 @@ who is in a minibatch hangs on coins alone, never on a rollout, and stays as it 
 unit; one that is in two minibatches is answered for each.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf_jax.data.units import group_units
 from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models.roles import RoleSpec
 from rlhf_jax.objectives import adaptive_kl_step
-from rlhf_jax.objectives.records import microbatches
+from rlhf_jax.objectives.records import Objective, RecordLosses, microbatches
 from rlhf_jax.privacy.gradient import Canaries, PrivateBatch, PrivateStep, private_gradient
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.stages.context import Context
@@ -38,7 +39,8 @@ def begin_private(context: Context, prompts: Prompts) -> Private:
     config = context.config
     owners = owners_of(context, prompts.records, config.data)["owners"].tolist()
     units = group_units(owners, config.privacy.contribution)
-    contents = digest(prompts.rows["prompts"], prompts.rows["lengths"], prompts.ids, np.asarray(owners))
+    whole = np.asarray([json.dumps(record, sort_keys=True) for record in prompts.records])  # what rewards may read
+    contents = digest(prompts.rows["prompts"], prompts.rows["lengths"], prompts.ids, np.asarray(owners), whole)
     shape = Shape(
         iterations=config.iterations,
         units=config.batch_size // (config.minibatches * config.samples),
@@ -71,6 +73,10 @@ class Drawn:
         each = [self._private.draw(k)[1] for k in self._numbers(iteration)]
         return place_array(np.stack(each, 1).reshape(-1), self._mesh)
 
+    def real(self, iteration: int) -> Array:
+        """(units * minibatches * contribution,) bool on the mesh: rows that are no padding."""
+        return place_array(self.rows(iteration)[0] >= 0, self._mesh)
+
     def canaries(self, iteration: int) -> Array | None:
         """(units * minibatches * contribution,) int32 on the mesh, where the stage runs to be audited."""
         if self._private.canaries is None:
@@ -100,6 +106,16 @@ def private_step(context: Context, private: Private, roles: Roles, positions: in
     return private.step(clip_norm, roles.trainable, roles.policy.spec.config, positions, figures)
 
 
+def _of_real_rows(objective: Objective) -> Objective:
+    """The objective on {"rows", "real"}: what fills the places of a unit that has fewer rows counts nothing."""
+
+    def counted(trainable: Any, frozen: Any, batch: dict[str, Any]) -> RecordLosses:
+        out, real = objective(trainable, frozen, batch["rows"]), batch["real"]
+        return RecordLosses(jnp.where(real, out.losses, 0.0), jnp.where(real, out.weights, 0.0), out.metrics)
+
+    return counted
+
+
 def make_private_update(
     config: PPOConfig,
     policy: RoleSpec,
@@ -115,10 +131,11 @@ def make_private_update(
     an adaptive coefficient follows the released KL. The state is donated.
 
     Args of the update:
-      experience: rows of `Drawn.rows`, each `answers` times; scores: (B,) as trained on, to be released.
+      experience: rows of `Drawn.rows`, each `answers` times; scores: (B,) as the sources gave them, to be
+        released.
       present: of `Drawn.present`; keys: (minibatches * epochs,) of `Drawn.keys`; canary: of `Drawn.canaries`.
     """
-    gradient = private_gradient(ppo_objective(config, policy, value), step, canaries)
+    gradient = private_gradient(_of_real_rows(ppo_objective(config, policy, value)), step, canaries)
 
     def update(
         state: TrainState,
@@ -127,13 +144,16 @@ def make_private_update(
         scores: Array,
         present: Array,
         keys: Array,
+        real: Array,
         canary: Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         constants = {**frozen, "kl_coef": state.controllers.kl_coef}
         units = len(present)
         kl = jnp.sum(experience.logprobs - experience.ref_logprobs, axis=-1)
+        real = jnp.repeat(real, len(scores) // len(real))
+        counted = real.reshape(units, -1)
         figures = {"objective/kl": kl, "objective/scores": scores}
-        figures = {name: x.reshape(units, -1).mean(-1) for name, x in figures.items()}
+        figures = {name: x.reshape(units, -1).mean(-1, where=counted) for name, x in figures.items()}
 
         def split(x: Array) -> Array:  # (units * rows, ...) -> (minibatches, units / minibatches * rows, ...)
             parts = microbatches(x.reshape(units, -1, *x.shape[1:]), config.minibatches)
@@ -150,9 +170,9 @@ def make_private_update(
 
             return jax.lax.scan(use, state, keys)
 
-        rows: Any = experience
+        rows: Any = {"rows": experience, "real": real}
         if canary is not None:
-            rows = {"rows": experience, "canary": jnp.repeat(canary, len(scores) // len(canary))}
+            rows = {"rows": rows, "canary": jnp.repeat(canary, len(scores) // len(canary))}
         batches = jax.tree.map(split, (rows, present, figures))
         state, stacked = jax.lax.scan(one, state, (*batches, keys.reshape(config.minibatches, config.epochs)))
         metrics = {
@@ -168,6 +188,12 @@ def make_private_update(
         return state, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+@jax.jit
+def _scores_of_rows(scores: Array, real: Array) -> Array:
+    """Scores (B,), 0 of padding; `real`: of `Drawn.real`."""
+    return jnp.where(jnp.repeat(real, len(scores) // len(real)), scores, 0.0)
 
 
 def make_private_iteration(
@@ -195,8 +221,10 @@ def make_private_iteration(
         rollout, pending = roll_out(acting["policy"], iteration)
         read = roles.score(acting, rollout, parts)
         scores, _ = roles.judge.finish(pending)
+        real = drawn.real(iteration)
+        scores = _scores_of_rows(scores, real)  # a padding row was judged as some record
         experience, _, _ = make_experience(settings, rollout, read, scores, state.controllers)
         keys, present = jnp.stack(drawn.keys(iteration)), drawn.present(iteration)
-        return update(state, roles.frozen, experience, scores, present, keys, drawn.canaries(iteration))
+        return update(state, roles.frozen, experience, scores, present, keys, real, drawn.canaries(iteration))
 
     return advance

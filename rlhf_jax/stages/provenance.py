@@ -101,6 +101,11 @@ def _check_feeding(config: ConfigDict, name: str, kinds: dict[str, str]) -> None
     stage, where = config.stages[name], f"stages.{name}"
     for field, value in references(stage):
         head = value.split("/")[0]
+        if field == "data" and head in kinds and RAW in [kinds[fed] for fed in _feeding(config, head)]:
+            raise UserError(
+                f'{where}.data is "{value}", written by a model of private data without privacy: each record tells of '
+                "all that it was trained on; give that model's stage a privacy.epsilon too"
+            )
         if field in ("data", "evaluation.data", "ptx.data") or head not in kinds or kinds[head] != RAW:
             continue
         made = "made" if config.stages[head].kind in PRODUCED else "trained"
@@ -149,6 +154,10 @@ def _check_mixing(stage: ConfigDict, where: str) -> None:
     if stage.kl_controller == "adaptive" and not released:
         instead = 'set it to "fixed", or give privacy.released_share a part of the budget for a noisy KL'
         refuse("kl_controller", "it follows the batch's KL", instead)
+    if stage.ptx.coef:
+        refuse("ptx.coef", "a private step mixes no other gradient in", "set it to 0")
+    if stage.prompt_buckets:
+        refuse("prompt_buckets", "the width of a rollout follows who is in it", "set it to ()")
     if stage.early_stop.metric:
         refuse("early_stop.metric", "that updates end tells of the records", 'set it to "" and take fewer epochs')
 

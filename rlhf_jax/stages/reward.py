@@ -139,8 +139,10 @@ def _place(pairs: Pairs, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> di
 
     def load(mine: np.ndarray) -> dict[str, np.ndarray]:
         wanted = rows[mine]
-        batch = {name: pairs[name][np.maximum(wanted, 0)] for name in ("tokens", "lengths")}
-        return {**batch, "weight": (wanted >= 0).astype(np.float32)}
+        here, at = wanted >= 0, np.maximum(wanted, 0)
+        tokens = np.where(here[:, None, None], pairs["tokens"][at], 0)
+        lengths = np.where(here[:, None], pairs["lengths"][at], 1)
+        return {"tokens": tokens, "lengths": lengths, "weight": here.astype(np.float32)}
 
     return place_batch(len(rows), load, mesh)
 

@@ -86,13 +86,14 @@ def place_windows(
         wanted = np.maximum(rows[mine], 0)
         named = zip(texts["ids"][wanted], epochs[mine], strict=True)
         drawn = [window_length(context, str(name), int(epoch)) for name, epoch in named]
-        lengths = np.minimum(texts["lengths"][wanted], drawn).astype(np.int32)
+        here = rows[mine] >= 0
+        lengths = np.where(here, np.minimum(texts["lengths"][wanted], drawn), 1).astype(np.int32)
         inside = np.arange(texts["tokens"].shape[1]) < lengths[:, None]
         return {
-            "tokens": np.where(inside, texts["tokens"][wanted], 0),
+            "tokens": np.where(inside & here[:, None], texts["tokens"][wanted], 0),
             "lengths": lengths,
-            "positive": texts["positive"][wanted],
-            "weight": (rows[mine] >= 0).astype(np.float32),
+            "positive": texts["positive"][wanted] & here,
+            "weight": here.astype(np.float32),
         }
 
     return place_batch(len(rows), load, mesh)

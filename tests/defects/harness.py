@@ -160,7 +160,7 @@ def watched_run() -> None:
         frozen = {"reference": roles.reference}
         anchors = {name: fingerprint(weights) for name, weights in frozen.items()}
         sample = stage._sampler(context, roles, mesh())
-        roll_out = stage._rollouts(context, roles, prompts, sample, mesh())
+        roll_out = stage._rollouts(context, roles, prompts, sample, stage._in_order(context, len(prompts)), mesh())
         learn = stage._learner(context, roles, None, OPTIMIZER, None)
         checks = experiment().checks
         checks.length_floor = 0.4  # at its default answers of 4 tokens could not fall below it

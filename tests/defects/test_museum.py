@@ -7,11 +7,14 @@ none is always green, and a guard that goes blind is noticed. `source` names who
 thread, or "a slip" where none is known to us.
 
 To add one: a function that patches, and a row in a table: `specimens_rollout.py` (what the watch sees),
-`specimens_rewards.py`, `specimens_update.py`, or `specimens_host.py` (keys, order, resume, configuration).
+`specimens_rewards.py`, `specimens_update.py`, `specimens_host.py` (keys, order, resume, configuration), or
+`specimens_privacy.py` and `specimens_private_stages.py`.
 """
 
 import pytest
 import specimens_host
+import specimens_privacy
+import specimens_private_stages
 import specimens_rewards
 import specimens_rollout
 import specimens_update
@@ -24,6 +27,8 @@ SPECIMENS = [
     *specimens_rewards.SPECIMENS,
     *specimens_update.SPECIMENS,
     *specimens_host.SPECIMENS,
+    *specimens_privacy.SPECIMENS,
+    *specimens_private_stages.SPECIMENS,
 ]
 
 

@@ -143,7 +143,8 @@ def prompt_alone_gives_no_advantage() -> None:
         context = harness.tiny_context(batch_size=16, samples=2)
         roles, prompts = harness.tiny_roles(), harness.tiny_prompts()
         sample = stage._sampler(context, roles, harness.mesh())
-        rollout, _ = stage._rollouts(context, roles, prompts, sample, harness.mesh())(roles.policy.weights, 0)
+        draw = stage._in_order(context, len(prompts))
+        rollout, _ = stage._rollouts(context, roles, prompts, sample, draw, harness.mesh())(roles.policy.weights, 0)
     rewards = jnp.zeros_like(rollout.logprobs).at[:, 0].set(rollout.prompts.sum(1) / 7.0)
     config = dataclasses.replace(PLAIN, estimator="rloo", samples=2)
     mask = jnp.arange(COUNT) < rollout.lengths[:, None]

@@ -35,7 +35,8 @@ def _requests(prompts: int) -> tuple[list[Any], list[np.ndarray]]:
         return SimpleNamespace()
 
     context, roles = harness.tiny_context(), harness.tiny_roles()
-    roll_out = stage._rollouts(context, roles, harness.tiny_prompts(prompts), sample, harness.mesh())
+    draw = stage._in_order(context, prompts)
+    roll_out = stage._rollouts(context, roles, harness.tiny_prompts(prompts), sample, draw, harness.mesh())
     for iteration in range(context.config.iterations):
         roll_out({}, iteration)
     return [list(column) for column in zip(*asked, strict=True)]  # type: ignore[return-value]

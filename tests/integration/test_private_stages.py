@@ -190,6 +190,7 @@ def refused(config, workdir, *flags):
     [
         ("stages.private_sft.privacy.unit=writer", 'record 1 has no field "writer"'),
         ("stages.private_sft.packing=True", "set packing=False"),
+        ("stages.private_dpo.privacy.delta=0.1", "stages.private_dpo.privacy.delta 0.1 is not below 1/12"),
         ("stages.private_reward.privacy.epsilon=0.0", "delta 0.001: give the epsilon"),
         ("stages.private_ppo.privacy.released_share=0.0", 'set it to "fixed"'),
     ],

@@ -75,7 +75,7 @@ def test_an_infinite_budget_takes_no_noise():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"delta": 1e-3}, r"stages.sft.privacy.delta is 0.001, not below 1 / units = 0.001.*give at most 0.0001"),
+        ({"delta": 1e-3}, r"stages.sft.privacy.delta 0.001 is not below 1/1000 = 0.001.*give a smaller one, 0.0001"),
         ({"expected_batch": 2000}, r"a minibatch of 2000 is asked of 1000 units: lower batch_size"),
         ({"target": 1e6}, r"stages.sft.privacy.epsilon 1e\+06 over 30 minibatches: .*take more steps"),
         (
