@@ -7,7 +7,7 @@ public and what is private is declared before anything runs:
 
   public: test, without the texts that occur in train too: the tokenizer, the base decoder (0.3 million parameters), the
     classifier that is the reward, and the reviews whose beginnings are the held-out prompts.
-  private: train, cut into two halves by a hash of the text, equal texts in one half: D1 for fine-tuning, D3 for PPO.
+  private: train, cut into two halves by a hash of the text: D1 for fine-tuning, D3 for PPO, without what is in D1.
 
 For each epsilon (1, 2, 4, 8, and the same steps without noise) and three seeds a decoder is fine-tuned on D1 and
 aligned on D3 with adapters of rank 4 on queries and values. The halves are disjoint, so what is spent is the larger one
@@ -24,6 +24,7 @@ import json
 from pathlib import Path
 
 from rlhf_jax.config import experiment, stage
+from rlhf_jax.data.units import normalized_prompt, shared_units
 
 EPSILONS, SEEDS = (1.0, 2.0, 4.0, 8.0, float("inf")), (1, 2, 3)
 CONTROL = 4.0  # the epsilon whose seeds have a control without reward
@@ -37,12 +38,8 @@ def zero(prompts, answers, records):
     return [0.0] * len(answers)
 
 
-def _normalized(text):
-    return " ".join(text.lower().split())
-
-
 def split(folder, out):
-    """Writes d1, d3, public and held_out.jsonl, by hashes alone; returns the folder they are in."""
+    """Writes d1, d3, public and held_out.jsonl, by hashes of the texts alone; returns the folder they are in."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "d3.jsonl").exists():
         return out
@@ -50,17 +47,18 @@ def split(folder, out):
     def read(part):
         with gzip.open(Path(folder) / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        key = {row["id"]: hashlib.sha256(_normalized(row["text"]).encode()).hexdigest() for row in rows}
-        return sorted(rows, key=lambda row: (key[row["id"]], row["id"]))
+        return sorted(rows, key=lambda row: (hashlib.sha256(normalized_prompt(row).encode()).hexdigest(), row["id"]))
+
+    def without(rows, others):
+        """The rows whose text is not among the others', as the ledger compares texts."""
+        named = [(row["id"], normalized_prompt(row)) for row in rows]
+        shared = shared_units(named, [("", normalized_prompt(row)) for row in others], by_name=False)
+        return [row for row in rows if row["id"] not in shared]
 
     train, test = read("train"), read("test")
-    private = {_normalized(row["text"]) for row in train}
-    test = [row for row in test if _normalized(row["text"]) not in private]
-    half = len(train) // 2
-    while _normalized(train[half]["text"]) == _normalized(train[half - 1]["text"]):
-        half += 1
-    parts = {"d1": train[:half], "public": test[:-HELD_OUT], "held_out": test[-HELD_OUT:], "d3": train[half:]}
-    for name, rows in parts.items():
+    test, d1 = without(test, train), train[: len(train) // 2]
+    d3 = without(train[len(train) // 2 :], d1)
+    for name, rows in {"d1": d1, "public": test[:-HELD_OUT], "held_out": test[-HELD_OUT:], "d3": d3}.items():
         partial = out / f"{name}.jsonl.tmp"
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.replace(out / f"{name}.jsonl")

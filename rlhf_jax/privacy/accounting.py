@@ -109,7 +109,12 @@ def composed_epsilon(
     `coarser` so many times is as many times as fast, and a bound all the same, a little larger.
     """
     _check(delta, adjacency)
-    return _composed_epsilon(tuple(mechanism for mechanism in mechanisms if mechanism.steps), delta, adjacency, coarser)
+    steps: dict[Mechanism, int] = {}  # runs of one mechanism are one longer run
+    for mechanism in mechanisms:
+        kind = replace(mechanism, steps=1)
+        steps[kind] = steps.get(kind, 0) + mechanism.steps
+    together = tuple(replace(kind, steps=count) for kind, count in steps.items() if count)
+    return _composed_epsilon(together, delta, adjacency, coarser)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,6 +18,9 @@ from rlhf_jax.stages.provenance import RAW, claims, data_fields, is_public, priv
 from rlhf_jax.training.checkpoints import write_json
 
 LEDGER_FILE = "privacy.json"
+# Units of a data set, and those that two share: stages of a sweep read the same few data sets, in this process once.
+_COUNTS: dict[tuple[Any, ...], int] = {}
+_SHARED: dict[tuple[Any, ...], int] = {}
 
 
 def _claiming(config: ConfigDict) -> list[str]:
@@ -39,6 +42,14 @@ def _units(context: Context) -> list[tuple[str, str]]:
     return [(unit_of(record, i, field, where), normalized_prompt(record)) for i, record in enumerate(records)]
 
 
+def _data_key(context: Context) -> tuple[Any, ...]:
+    """What a stage reads as units: data, schema, unit, and the state of its files."""
+    config = context.config
+    paths = [context.resolve(name) for name in context.data_names("data")]
+    states = [(path.stat().st_mtime_ns, path.stat().st_size) if path and path.is_file() else None for path in paths]
+    return (config.data, config.schema, config.privacy.unit, *states)
+
+
 def find_overlaps(contexts: Mapping[str, Context]) -> list[dict[str, Any]]:
     """Pairs of claiming stages that share units, as far as their data is there: {"stages": [a, b], "shared", "of"}.
 
@@ -53,16 +64,26 @@ def find_overlaps(contexts: Mapping[str, Context]) -> list[dict[str, Any]]:
     if not names:
         return []
     found: list[dict[str, Any]] = []
-    units = {name: _units(contexts[name]) for name in names}
+    data = {name: _data_key(contexts[name]) for name in names}
+    read: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+
+    def units(name: str) -> list[tuple[str, str]]:
+        if data[name] not in read:
+            read[data[name]] = _units(contexts[name])
+        return read[data[name]]
+
     for name in names:
-        delta, count = config.stages[name].privacy.delta, len({unit for unit, _ in units[name]})
-        check_delta(delta, count, f"stages.{name}.privacy.delta")
+        if data[name] not in _COUNTS:
+            _COUNTS[data[name]] = len({unit for unit, _ in units(name)})
+        check_delta(config.stages[name].privacy.delta, _COUNTS[data[name]], f"stages.{name}.privacy.delta")
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            fields = {config.stages[name].privacy.unit for name in (a, b)}
-            shared = shared_units(units[a], units[b], by_name=len(fields) == 1 and fields != {""})
-            if shared:
-                found.append({"stages": [a, b], "shared": len(shared), "of": len({unit for unit, _ in units[a]})})
+            pair = data[a], data[b]
+            if pair not in _SHARED:
+                fields = {config.stages[name].privacy.unit for name in (a, b)}
+                _SHARED[pair] = len(shared_units(units(a), units(b), by_name=len(fields) == 1 and fields != {""}))
+            if _SHARED[pair]:
+                found.append({"stages": [a, b], "shared": _SHARED[pair], "of": _COUNTS[data[a]]})
     if found and config.privacy.overlap == "refuse":
         (a, b), count = found[0]["stages"], found[0]["shared"]
         raise UserError(
