@@ -11,8 +11,8 @@ public and what is private is declared before anything runs:
 
 For each epsilon (1, 2, 4, 8, and the same steps without noise) and three seeds a decoder is fine-tuned on D1 and
 aligned on D3 with adapters of rank 4 on queries and values. The halves are disjoint, so what is spent is the larger one
-of the two, not their sum (`privacy.json` says so of each pair of stages; of all 30 together it says more, as each seed
-and each epsilon reads the same reviews again). At epsilon 4 a control is rewarded 0 for everything.
+of the two, not their sum (`privacy.json` tells more of all stages together, as each seed and each epsilon reads the
+same reviews again). At epsilon 4 a control is rewarded 0 for everything; stages judged_... score it by the classifier.
 
 The trend test, declared before the first run: Jonckheere and Terpstra's over the 12 held-out scores at epsilon 1, 2, 4
 and 8, one-sided for scores that rise with epsilon, exact, at 5 %. report.html shows it with the plot.
@@ -145,5 +145,19 @@ def get_config(argument="imdb"):
                     privacy=privacy,
                     checkpoint=dict(every=20),
                     evaluation=dict(data=held_out, records=HELD_OUT, every=40, metric="", samples=2),
+                )
+            if epsilon == CONTROL:
+                stages[f"judged_{name}"] = stage(
+                    "best_of_n",
+                    subject=f"zero_{name}",
+                    reward="classifier",
+                    data=held_out,
+                    schema="text",
+                    prefix_tokens=(8, 16),
+                    max_new_tokens=24,
+                    missing_end="add",
+                    missing_end_penalty=0.0,
+                    samples=2,
+                    batch_size=256,
                 )
     return config

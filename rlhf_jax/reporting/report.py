@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlhf_jax.evaluation.trend import jonckheere
 from rlhf_jax.reporting import plots
 from rlhf_jax.reporting.tables import Table, duration, figure_tables, memorization_rates, number, time_table
 
@@ -183,7 +184,7 @@ def write_report(workdir: Path) -> Path:
         stages=time_table(results, seconds),
         time_plot=_plot(plots.time_bars(seconds), "Wall time of each stage.") if any(seconds.values()) else None,
         together=_together(results, metrics, targets),
-        privacy=_privacy(_read_json(workdir / "privacy.json"), results),
+        privacy=_privacy(_read_json(workdir / "privacy.json"), results, config or {}),
         sections=sections,
         visible_samples=VISIBLE_SAMPLES,
         number=number,
@@ -247,7 +248,7 @@ def _together(results: Mapping, metrics: Mapping[str, list[dict]], targets: Mapp
     return found
 
 
-def _privacy(ledger: Mapping | None, results: Mapping[str, Mapping]) -> Privacy | None:
+def _privacy(ledger: Mapping | None, results: Mapping[str, Mapping], config: Mapping) -> Privacy | None:
     """What the private stages promise together, and what more of epsilon bought where there are several of them."""
     if ledger is None:
         return None
@@ -268,19 +269,39 @@ def _privacy(ledger: Mapping | None, results: Mapping[str, Mapping]) -> Privacy 
     ]
     names = ["stage", "epsilon", "delta", "noise multiplier", "minibatches x uses", "sampling rate", "units", "unit"]
     table = Table("runs", [*names, "run"], rows, [False] + [True] * 6 + [False] * 2)
-    scores: dict[str, dict[float, list[float]]] = {}
-    for result in results.values():
-        figures = result.get("figures") or {}
-        if result.get("kind") == "ppo" and "privacy" in figures and _is_number(figures.get("ppo_score")):
-            for label in ("sft", "ppo"):
-                by_epsilon = scores.setdefault(f"after {label}", {})
-                by_epsilon.setdefault(figures["privacy"]["target"], []).append(figures[f"{label}_score"])
-    found = []
-    if len(scores.get("after ppo", {})) > 1:
-        caption = "Held-out score against what a stage may spend; bars: 95 % intervals of the mean over runs (t)."
-        found.append(_plot(plots.against_epsilon(scores, "held-out score"), caption))
     headline = f"epsilon {claim['epsilon']:.3g} at delta {claim['delta']:.2g}"
-    return Privacy(headline, ledger["statement"], table, found)
+    return Privacy(headline, ledger["statement"], table, _score_against_epsilon(results, config))
+
+
+def _score_against_epsilon(results: Mapping[str, Mapping], config: Mapping) -> list[Plot]:
+    """Held-out score of private ppo stages by epsilon, with a test of its trend, where there are several epsilons.
+
+    Stages of another reward than most have, such as controls, are left out: their scores are of another kind.
+    """
+    rewards = {name: stage.get("reward", "") for name, stage in config.get("stages", {}).items()}
+    found = [
+        (rewards.get(name, ""), result["figures"])
+        for name, result in results.items()
+        if result.get("kind") == "ppo"
+        and "privacy" in (result.get("figures") or {})
+        and _is_number(result["figures"].get("ppo_score"))
+    ]
+    most = max((reward for reward, _ in found), key=[reward for reward, _ in found].count, default="")
+    scores: dict[str, dict[float, list[float]]] = {"after sft": {}, "after ppo": {}}
+    for reward, figures in found:
+        for label in ("sft", "ppo") if reward == most else ():
+            by_epsilon = scores[f"after {label}"].setdefault(figures["privacy"]["target"], [])
+            by_epsilon.append(figures[f"{label}_score"])
+    private = {epsilon: values for epsilon, values in sorted(scores["after ppo"].items()) if math.isfinite(epsilon)}
+    if len(scores["after ppo"]) < 2:
+        return []
+    caption = "Held-out score against what a stage may spend; bars: 95 % intervals of the mean over runs (t)."
+    if len(private) > 1:
+        statistic, p = jonckheere(list(private.values()))
+        caption += (
+            f" Trend over the finite epsilons (Jonckheere-Terpstra, one-sided, exact): J {statistic:g}, p {p:.3g}."
+        )
+    return [_plot(plots.against_epsilon(scores, "held-out score"), caption)]
 
 
 def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float | None) -> Section:

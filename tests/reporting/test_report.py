@@ -146,3 +146,26 @@ def test_folder_without_results_has_a_page_and_no_folder_has_none(tmp_path):
     assert "No stage has finished" in write_report(tmp_path).read_text()
     with pytest.raises(FileNotFoundError, match="absent"):
         write_report(tmp_path / "absent")
+
+
+def test_private_runs_are_shown_against_their_epsilon(tmp_path):
+    """Three epsilons of two runs each, a control of another reward, and the ledger's statement."""
+    stages, runs = {}, {}
+    for number, (epsilon, score) in enumerate([(1, 0.1), (1, 0.2), (4, 0.4), (4, 0.3), (8, 0.6), (8, 0.5)]):
+        stages[f"ppo_{number}"] = ("judge", epsilon, score)
+    stages["control"] = ("zero.py:zero", 4, 9.0)
+    for name, (_, epsilon, score) in stages.items():
+        claim = dict(epsilon=epsilon, delta=1e-5, noise_multiplier=1.0, minibatches=10, uses=1, sampling_rate=0.1)
+        claim |= dict(units=100, target=float(epsilon))
+        runs[name] = {"stage": name, "state": "finished", "data": {"unit": "author"}, "claim": claim}
+        (tmp_path / name).mkdir()
+        figures = {"privacy": claim, "sft_score": 0.0, "ppo_score": score}
+        result = {"stage": name, "kind": "ppo", "figures": figures, "samples": [], "seconds": 1.0}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    config = {"stages": {name: {"reward": reward} for name, (reward, *_) in stages.items()}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ledger = {"claim": {"epsilon": 8.0, "delta": 1e-5}, "statement": ["Covered: <nothing>."], "runs": runs}
+    (tmp_path / "privacy.json").write_text(json.dumps(ledger))
+    page = write_report(tmp_path).read_text()
+    assert "Covered: &lt;nothing&gt;." in page and "epsilon 8 at delta 1e-05" in page
+    assert "J 12, p 0.0111" in page  # each later pair above each earlier one: one order of 6! / 2!^3 = 90
