@@ -17,7 +17,7 @@ from rlhf_jax.rollout.functions import function_identity
 from rlhf_jax.stages import audit, best_of_n, export, memorization, ppo, preference, prepare, reward, sft, tokenizer
 from rlhf_jax.stages import plan as plans
 from rlhf_jax.stages.context import MODEL_FIELDS, Context
-from rlhf_jax.stages.ledger import find_overlaps, write_ledger
+from rlhf_jax.stages.ledger import Ledger
 from rlhf_jax.stages.provenance import check_privacy, describe_claim
 from rlhf_jax.training.artifacts import folder_identity
 from rlhf_jax.training.checkpoints import write_json
@@ -137,14 +137,14 @@ def _headline(figures: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def _check(config: ConfigDict, workdir: Path, names: dict[str, str], waiting: list[str]) -> None:
+def _check(contexts: dict[str, Context], waiting: list[str], ledger: Ledger) -> None:
     """Raises a UserError for what a stage that is still to run can refuse now."""
     for name in waiting:
-        kind = KINDS[config.stages[name].kind]
+        kind = KINDS[contexts[name].config.kind]
         if hasattr(kind, "check"):
-            kind.check(Context(name, config, workdir, names[name]))
-    if any(is_private(config.stages[name]) for name in waiting):
-        find_overlaps({name: Context(name, config, workdir, names[name]) for name in names})
+            kind.check(contexts[name])
+    if any(is_private(contexts[name].config) for name in waiting):
+        ledger.overlaps()
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
@@ -152,7 +152,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     order = checked_order(config)
     names = identities(config, order)
     _refuse_changes(workdir, config, names)
-    _check(config, workdir, names, order)
+    contexts = {name: Context(name, config, workdir, names[name]) for name in order}
+    _check(contexts, order, Ledger(workdir, config, contexts))
     lines = [f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), work directory {workdir}"]
     for number, name in enumerate(order, 1):
         fields = config.stages[name]
@@ -163,7 +164,7 @@ def plan(config: ConfigDict, workdir: Path) -> str:
             + ("finished" if done else "resumes" if begun else "to run")
         )
         if "mesh" in fields:
-            mesh = Context(name, config, workdir, "").mesh()
+            mesh = contexts[name].mesh()
             lines.append("      mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()))
         if "optimizer" in fields:
             lora = f"adapters of rank {fields.lora.rank}" if fields.lora.rank else "every weight trains"
@@ -171,8 +172,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
             lines.append(f"      init {fields.init}, {lora}, batch {fields.batch_size} in microbatches of {per} rows")
             if is_private(fields):
                 lines.append(f"      {describe_claim(fields)}")
-            context, kind = Context(name, config, workdir, ""), KINDS[fields.kind]
-            lines += [f"      {line}" for line in [*plans.describe(context), *plans.previews(context, kind)]]
+            described = [*plans.describe(contexts[name]), *plans.previews(contexts[name], KINDS[fields.kind])]
+            lines += [f"      {line}" for line in described]
     return "\n".join(lines)
 
 
@@ -187,8 +188,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     names = identities(config, order)
     _refuse_changes(workdir, config, names)
     contexts = {name: Context(name, config, workdir, names[name]) for name in order}
+    ledger = Ledger(workdir, config, contexts)
     waiting = [name for name in order if not (workdir / name / "result.json").exists()]
-    _check(config, workdir, names, waiting)
+    _check(contexts, waiting, ledger)
     if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", config.to_dict())
@@ -199,11 +201,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
             continue
         _say(title)
         if is_private(config.stages[name]):
-            find_overlaps(contexts)  # with data that stages before it have made
+            ledger.overlaps()  # with data that stages before it have made
+            contexts[name].on_claim = ledger.write
         try:
             _run_stage(contexts[name])
         finally:
-            _account(workdir, config, contexts, name)
+            if is_private(config.stages[name]):
+                _account(ledger)
         contexts[name].bases.clear()  # the next stage loads what it names
     _write_summary(workdir, config, order)
     if is_main_process():
@@ -211,13 +215,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     barrier("run finished")
 
 
-def _account(workdir: Path, config: ConfigDict, contexts: dict[str, Context], name: str) -> None:
+def _account(ledger: Ledger) -> None:
     """Brings the ledger up to date with a private stage, be it finished or cut."""
-    if is_private(config.stages[name]):
-        ledger = write_ledger(workdir, config, contexts)
-        if ledger is not None:
-            claim = ledger["claim"]
-            _say(f"  privacy so far: epsilon {claim['epsilon']:.4g} at delta {claim['delta']:.3g} (privacy.json)")
+    written = ledger.write()
+    if written is not None:
+        claim = written["claim"]
+        _say(f"  privacy so far: epsilon {claim['epsilon']:.4g} at delta {claim['delta']:.3g} (privacy.json)")
 
 
 def _run_stage(context: Context) -> None:

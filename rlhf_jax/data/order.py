@@ -23,3 +23,16 @@ class DataOrder:
 def in_batches(records: int, size: int, fill: int = -1) -> np.ndarray:
     """Record numbers (batches, size) int64 of all records once, in order; the last batch is filled up with `fill`."""
     return np.concatenate([np.arange(records), np.full(-records % size, fill)]).reshape(-1, size)
+
+
+def without_padding(batch: dict[str, np.ndarray], rows: np.ndarray, **empty: int) -> dict[str, np.ndarray]:
+    """A batch's columns (n, ...) with nothing of any record in its padding, the rows numbered -1 in `rows` (n,).
+
+    `empty`: what a column holds there if not 0. Dtypes stay.
+    """
+
+    def column(name: str, x: np.ndarray) -> np.ndarray:
+        here = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+        return np.where(here, x, empty.get(name, 0)).astype(x.dtype)
+
+    return {name: column(name, x) for name, x in batch.items()}

@@ -16,7 +16,7 @@ from rlhf_jax.data.corpus import keyed_generator
 from rlhf_jax.data.units import Units
 from rlhf_jax.distributed.sharding import fetch
 from rlhf_jax.privacy.auditing import audit_report
-from rlhf_jax.privacy.gradient import Canaries
+from rlhf_jax.privacy.gradient import Canaries, PrivateStep
 from rlhf_jax.stages import ppo, preference, reward, sft
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.private import CLAIM_FILE, Private
@@ -30,13 +30,14 @@ class Recording:
 
     Attributes:
       included: (canaries,) bool, a fair coin each.
-      private: the run's own side of training, once it has begun.
+      private: the run's own side of training, and step: its noisy step, once it has begun.
     """
 
     def __init__(self, canaries: Canaries, rng: np.random.Generator):
         self.canaries = canaries
         self.included = rng.random(canaries.number) < 0.5
         self.private: Private | None = None
+        self.step: PrivateStep | None = None
         self._seen: dict[str, list[np.ndarray]] = {"audit/canaries": [], "audit/idle": []}
 
     def joined(self, units: Units) -> Units:
@@ -79,16 +80,15 @@ def run(context: Context) -> dict[str, Any]:
     RUNS[audited.config.kind](audited)
     shutil.rmtree(context.folder / "model", ignore_errors=True)
 
-    private = recording.private
-    assert private is not None, "a private stage makes its side of training before its first step"
+    private, step = recording.private, recording.step
+    assert private is not None and step is not None, "a private stage makes both before its first step"
     seen, idle = recording.watched()
     plan = private.plan
-    noise = private.gradient_noise
     report = audit_report(
         seen,
         recording.included,
         idle,
-        mechanism=dataclasses.replace(plan.mechanism, noise_multiplier=noise),
+        mechanism=dataclasses.replace(plan.mechanism, noise_multiplier=step.gradient_noise),
         delta=plan.delta,
         rng=rng,
         confidence=config.confidence,

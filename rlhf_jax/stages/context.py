@@ -1,7 +1,7 @@
 """What a stage is given to run: its config, its folder, its keys, and the models of the stages before it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Context:
     identity: str  # hash of the stage's semantic fields and of its upstream stages
     bases: dict[Any, Any] = dataclasses.field(default_factory=dict)
     audited: Any = None  # an `audit.Recording`, where a private stage runs to be audited
+    on_claim: Callable[[], Any] = lambda: None  # called once a private run's claim is written, before its first draw
 
     @property
     def config(self) -> ConfigDict:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import is_folder, is_private
 from rlhf_jax.data.examples import completion_example, prompt_ids, show_example
-from rlhf_jax.data.order import DataOrder, in_batches
+from rlhf_jax.data.order import DataOrder, in_batches, without_padding
 from rlhf_jax.data.pairs import Rows, answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
@@ -46,7 +46,6 @@ from rlhf_jax.training.randomness import order_seed
 from rlhf_jax.training.state import fingerprint
 
 KEPT = ("desirable", "reference")  # what a record may hold beside its rows
-EMPTY = {"lengths": 1, "prompt_lengths": 1}  # of a padding record, which holds nothing of any other
 EVALUATED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
@@ -101,32 +100,24 @@ def _make_rows(context: Context, role: Role, data: str, part: str) -> Rows:
         return dict(saved)
 
 
-def _column(here: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(n,) with as many axes as x (n, ...)."""
-    return here.reshape(-1, *[1] * (x.ndim - 1))
-
-
 def _place(data: Rows, rows: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:
     """A batch as `training.preference` describes it; a row number of -1 is a padding record of weight 0."""
     at_most = data["answer_lengths"].max()
 
     def load(mine: np.ndarray) -> dict[str, np.ndarray]:
         wanted = rows[mine]
-        at = np.maximum(wanted, 0)
-        tokens, lengths = data["tokens"][at], data["answer_lengths"][at]
-        prompt_lengths = data["lengths"][at, 0] - lengths[:, 0]
+        tokens, lengths = data["tokens"][wanted], data["answer_lengths"][wanted]
+        prompt_lengths = data["lengths"][wanted, 0] - lengths[:, 0]
         places = np.minimum(prompt_lengths[:, None] + np.arange(at_most), tokens.shape[-1] - 1)
         batch = {
             "tokens": tokens,
             "answers": np.take_along_axis(tokens, places[:, None, :], axis=2),
             "lengths": lengths,
             "prompt_lengths": prompt_lengths,
-            "weight": (wanted >= 0).astype(np.float32),
+            "weight": np.ones(len(wanted), np.float32),
         }
-        batch |= {name: data[name][at] for name in KEPT if name in data}
-        return {
-            name: np.where(_column(wanted >= 0, x), x, EMPTY.get(name, 0)).astype(x.dtype) for name, x in batch.items()
-        }
+        batch |= {name: data[name][wanted] for name in KEPT if name in data}
+        return without_padding(batch, wanted, lengths=1, prompt_lengths=1)
 
     return place_batch(len(rows), load, mesh)
 

@@ -122,6 +122,7 @@ class Private:
                 together=shape.minibatches,
             )
             begun = self._begin(context, data_digest)
+        context.on_claim()
         nonce = begun["nonce"]
         self.iterations = self.plan.mechanism.steps // shape.minibatches
         key = root_key(_shared_root(context))
@@ -194,7 +195,7 @@ class Private:
           figures: released where the config gives them a share of the budget.
         """
         share, rows = self._config.released_share, self._config.contribution * self._shape.answers
-        return PrivateStep(
+        step = PrivateStep(
             clip_norm=clip_norm,
             noise_multiplier=self.plan.mechanism.noise_multiplier,
             expected_batch=self._shape.units,
@@ -204,11 +205,9 @@ class Private:
             released=tuple(figures) if share else (),
             released_share=share,
         )
-
-    @property
-    def gradient_noise(self) -> float:
-        """The noise multiplier of the gradient, part of the budget being spent on released figures."""
-        return self.plan.mechanism.noise_multiplier / (1.0 - self._config.released_share) ** 0.5
+        if self._recording:
+            self._recording.step = step
+        return step
 
     def gradient(self, objective: Objective, role: Role, positions: int) -> GradientFunction:
         """The private gradient of a stage that trains one role on its records; its batches are `batches`'."""

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data.examples import prompt_ids
+from rlhf_jax.data.order import without_padding
 from rlhf_jax.data.stops import stop_table
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -83,13 +84,14 @@ class Prompts:
         width = width or narrowest(self.widths, self.rows["lengths"][rows].max())
 
         def load(mine: np.ndarray) -> dict[str, np.ndarray]:
-            chosen, here = rows[mine], rows[mine] >= 0
-            row_ids = (self.ids[chosen].astype(np.int64) + EPOCH_STRIDE * epochs[mine]) % (1 << 31)
-            return {
-                "prompts": np.where(here[:, None], self.rows["prompts"][chosen, :width], 0),
-                "lengths": np.where(here, self.rows["lengths"][chosen], 1),
-                "row_ids": np.where(here, row_ids, 0).astype(np.int32),
+            wanted = rows[mine]
+            row_ids = (self.ids[wanted].astype(np.int64) + EPOCH_STRIDE * epochs[mine]) % (1 << 31)
+            batch = {
+                "prompts": self.rows["prompts"][wanted, :width],
+                "lengths": self.rows["lengths"][wanted],
+                "row_ids": row_ids.astype(np.int32),
             }
+            return without_padding(batch, wanted, lengths=1)
 
         return place_batch(len(rows), load, mesh)
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import is_private
 from rlhf_jax.data.examples import answer_ids, completion_example, show_example
-from rlhf_jax.data.order import in_batches
+from rlhf_jax.data.order import in_batches, without_padding
 from rlhf_jax.data.pairs import answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
@@ -139,10 +139,8 @@ def _place(pairs: Pairs, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> di
 
     def load(mine: np.ndarray) -> dict[str, np.ndarray]:
         wanted = rows[mine]
-        here, at = wanted >= 0, np.maximum(wanted, 0)
-        tokens = np.where(here[:, None, None], pairs["tokens"][at], 0)
-        lengths = np.where(here[:, None], pairs["lengths"][at], 1)
-        return {"tokens": tokens, "lengths": lengths, "weight": here.astype(np.float32)}
+        batch = {name: pairs[name][wanted] for name in ("tokens", "lengths")}
+        return without_padding({**batch, "weight": np.ones(len(wanted), np.float32)}, wanted, lengths=1)
 
     return place_batch(len(rows), load, mesh)
 

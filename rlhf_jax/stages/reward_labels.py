@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.corpus import keyed_generator
 from rlhf_jax.data.examples import Example, show_example
+from rlhf_jax.data.order import without_padding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import place_batch
 from rlhf_jax.models.roles import RoleSpec
@@ -83,18 +84,18 @@ def place_windows(
     """A batch of windows, the beginnings of texts; a row number of -1 is a padding row of weight 0."""
 
     def load(mine: np.ndarray) -> dict[str, np.ndarray]:
-        wanted = np.maximum(rows[mine], 0)
+        wanted = rows[mine]
         named = zip(texts["ids"][wanted], epochs[mine], strict=True)
         drawn = [window_length(context, str(name), int(epoch)) for name, epoch in named]
-        here = rows[mine] >= 0
-        lengths = np.where(here, np.minimum(texts["lengths"][wanted], drawn), 1).astype(np.int32)
+        lengths = np.minimum(texts["lengths"][wanted], drawn).astype(np.int32)
         inside = np.arange(texts["tokens"].shape[1]) < lengths[:, None]
-        return {
-            "tokens": np.where(inside & here[:, None], texts["tokens"][wanted], 0),
+        batch = {
+            "tokens": np.where(inside, texts["tokens"][wanted], 0),
             "lengths": lengths,
-            "positive": texts["positive"][wanted] & here,
-            "weight": here.astype(np.float32),
+            "positive": texts["positive"][wanted],
+            "weight": np.ones(len(wanted), np.float32),
         }
+        return without_padding(batch, wanted, lengths=1)
 
     return place_batch(len(rows), load, mesh)
 

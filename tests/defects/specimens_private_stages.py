@@ -93,14 +93,14 @@ def data_is_not_looked_at(patch: Patches) -> None:
 
 
 def ledger_begins_anew(patch: Patches) -> None:
-    def wrapper(write: Any) -> Any:
-        def forgetful(workdir: Any, *rest: Any) -> Any:
-            (workdir / ledger.LEDGER_FILE).unlink(missing_ok=True)
-            return write(workdir, *rest)
+    def wrapper(runs: Any) -> Any:
+        def forgetful(kept: Any) -> Any:
+            kept._path.unlink(missing_ok=True)
+            return runs(kept)
 
         return forgetful
 
-    patch.wrap(ledger, "write_ledger", wrapper)
+    patch.wrap(ledger.Ledger, "_runs", wrapper)
 
 
 def whole_records_are_compared(patch: Patches) -> None:

@@ -144,7 +144,7 @@ def other_data_is_refused() -> None:
 def ledger_of(folder: Path, begin: Any, config: Any, digest: str = "data") -> dict[str, Any]:
     begin(SHAPE, 20, digest)
     contexts = {name: Context(name, config, folder, "") for name in ("sft", "ppo")}
-    written = ledger.write_ledger(folder, config, contexts)
+    written = ledger.Ledger(folder, config, contexts).write()
     assert written is not None
     return written
 
@@ -175,7 +175,7 @@ def shared_units_are_found() -> None:
         prompts_at(Path(folder), config)
         contexts = {name: Context(name, config, Path(folder), "") for name in ("sft", "ppo")}
         try:
-            ledger.find_overlaps(contexts)
+            ledger.Ledger(Path(folder), config, contexts).overlaps()
         except UserError as error:
             assert "share 10 privacy unit(s)" in str(error), str(error)
             return

@@ -96,6 +96,8 @@ def kill_in(config, workdir, name, step):
     done = Command(config, workdir).signal_when(reached(workdir, name, step), signal.SIGKILL)
     assert status_name(done.status) == "SIGKILL", done.stderr[-3000:]
     assert not (workdir / name / "result.json").exists()
+    runs = json.loads((workdir / "privacy.json").read_text())["runs"]  # what it drew counts, be its folder deleted now
+    assert {run["stage"]: run["state"] for run in runs.values()}[name] == "begun"
 
 
 def assert_same(workdir, whole, name):

@@ -12,7 +12,7 @@ from rlhf_jax.data.units import group_units
 from rlhf_jax.errors import UserError
 from rlhf_jax.pipeline import checked_order
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.ledger import write_ledger
+from rlhf_jax.stages.ledger import Ledger
 from rlhf_jax.stages.private import Private, Shape
 
 CLAIM = {"epsilon": 50.0, "delta": 0.01, "noise_multiplier": 2.0, "physical_batch": 20}
@@ -60,7 +60,7 @@ def test_without_noise_no_delta_is_needed(tmp_path):
 
 
 def ledger_with(folder, name, data):
-    """The ledger once the stage of this name has begun; the stages before it are gone."""
+    """The ledger that a stage of this name leaves before its first draw; the stages before it are gone."""
     config = chain()
     ppo = config.stages.ppo
     del config.stages.ppo
@@ -68,8 +68,9 @@ def ledger_with(folder, name, data):
     config.stages[name].data = str(data)
     contexts = {stage: Context(stage, config, folder, "identity") for stage in ("sft", "reward", name)}
     contexts[name].folder.mkdir()
+    contexts[name].on_claim = Ledger(folder, config, contexts).write
     Private(contexts[name], group_units([str(i) for i in range(20)], 1), "digest", Shape(6, 5, 1))
-    return write_ledger(folder, config, contexts)
+    return json.loads((folder / "privacy.json").read_text())
 
 
 def test_a_deleted_stage_s_run_composes_with_another_stage_on_its_data(tmp_path):
