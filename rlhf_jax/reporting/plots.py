@@ -3,8 +3,10 @@
 import io
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -41,8 +43,27 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#5a6575",
 }
 
+
 Points = tuple[Sequence[float], Sequence[float]]
 Estimate = tuple[float | None, ...]  # value, low, high
+
+
+@dataclass
+class Plot:
+    """A plot as it stands in a page."""
+
+    svg: Markup
+    caption: str
+
+
+def plot(svg: str, caption: str) -> Plot:
+    """One of this file's plots for a page: matplotlib has escaped its labels."""
+    return Plot(Markup(svg), caption)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a figure is there, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def time_bars(seconds: Mapping[str, float]) -> str:

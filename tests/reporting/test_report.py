@@ -162,10 +162,16 @@ def test_private_runs_are_shown_against_their_epsilon(tmp_path):
         figures = {"privacy": claim, "sft_score": 0.0, "ppo_score": score}
         result = {"stage": name, "kind": "ppo", "figures": figures, "samples": [], "seconds": 1.0}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
-    config = {"stages": {name: {"reward": reward} for name, (reward, *_) in stages.items()}}
+    fields = {name: {"kind": "ppo", "reward": reward} for name, (reward, *_) in stages.items()}
+    fields["judged"] = {"kind": "best_of_n", "reward": "judge", "subject": "control"}
+    (tmp_path / "judged").mkdir()
+    judged = {"stage": "judged", "kind": "best_of_n", "figures": {"score": 0.01}, "seconds": 1.0}
+    (tmp_path / "judged" / "result.json").write_text(json.dumps(judged))
+    config = {"stages": fields}
     (tmp_path / "config.json").write_text(json.dumps(config))
     ledger = {"claim": {"epsilon": 8.0, "delta": 1e-5}, "statement": ["Covered: <nothing>."], "runs": runs}
     (tmp_path / "privacy.json").write_text(json.dumps(ledger))
     page = write_report(tmp_path).read_text()
     assert "Covered: &lt;nothing&gt;." in page and "epsilon 8 at delta 1e-05" in page
+    assert "after ppo on zero" in page  # the control, as the others' reward judges it
     assert "J 12, p 0.0111" in page  # each later pair above each earlier one: one order of 6! / 2!^3 = 90
