@@ -16,6 +16,7 @@ from rlhf_jax.objectives.taps import (
     factors_are_smaller,
     finite,
     gram,
+    gram_squares,
     squared,
     unit_products,
 )
@@ -187,7 +188,7 @@ def _tapped_backward(temperature: float, softcap: float, chunk: int, units: int,
     sums = jnp.zeros((units, positions, positions) if as_gram else (units,), jnp.float32)
     zeros = (jnp.zeros(hidden.shape, jnp.float32), sums)
     (dhidden, sums), dkernels = lax.scan(one, zeros, (kernels, size * jnp.arange(count)))
-    squares = jnp.sum(gram(by_unit(hidden, units)) * sums, axis=(1, 2)) if as_gram else sums
+    squares = gram_squares(gram(by_unit(hidden, units)), sums) if as_gram else sums
     dkernel = jnp.moveaxis(dkernels, 0, 1).reshape(width, -1)[:, :vocab]
     shown = OutputTap(squares, hidden, targets.astype(jnp.float32), log_total, entropy, *gradients)
     return dhidden.astype(hidden.dtype), dkernel.astype(kernel.dtype), None, shown

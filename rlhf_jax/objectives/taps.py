@@ -89,6 +89,10 @@ class OutputTap(NamedTuple):
     entropy_gradients: Array
 
 
+# Gradients in all directions add up to 1 / positions of that, and Gram matrices serve for some thousands of them.
+LEAST_SQUARE = 1e-4
+
+
 def factors_are_smaller(positions: int, d_in: int, d_out: int) -> bool:
     """Whether a unit's gradient of a kernel is smaller as `Factors` than as a matrix.
 
@@ -109,6 +113,25 @@ def by_unit(x: Array, units: int) -> Array:
 def gram(x: Array) -> Array:
     """(units, P, d) -> (units, P, P) float32, products of all pairs of positions."""
     return exact(x, x, (((2,), (2,)), ((0,), (0,))))
+
+
+def gram_squares(x: Array, g: Array) -> Array:
+    """(units,) squared norms of each unit's sum over positions of x_t g_t', from the `gram` matrices of both.
+
+    Where the positions' gradients cancel, what is left of their sum is rounding: the least that is told is
+    `LEAST_SQUARE` of what it were if they added up. A unit so may be clipped more than needed, never much less.
+    """
+    each = jnp.sqrt(jnp.maximum(_diagonal(x) * _diagonal(g), 0.0))
+    return floored(jnp.sum(x * g, axis=(1, 2)), jnp.sum(each, axis=1))
+
+
+def floored(squares: Array, added_up: Array) -> Array:
+    """Squares (units,) of norms that came of a sum, at least a share of `added_up` (units,) squared."""
+    return jnp.maximum(squares, LEAST_SQUARE * jnp.square(added_up))
+
+
+def _diagonal(x: Array) -> Array:
+    return jnp.diagonal(x, axis1=1, axis2=2)
 
 
 def unit_products(x: Array, g: Array) -> Array:
@@ -134,8 +157,7 @@ def kernel_tap(x: Array, g: Array, units: int, keep: bool) -> KernelTap:
     """What the use of a kernel on x (rows, ..., d_in), with output gradient g (rows, ..., d_out), shows."""
     rows, grads = by_unit(x, units), by_unit(g, units)
     if factors_are_smaller(rows.shape[1], x.shape[-1], g.shape[-1]):
-        squares = jnp.sum(gram(rows) * gram(grads), axis=(1, 2))
-        return KernelTap(squares, Factors(x, g) if keep else None)
+        return KernelTap(gram_squares(gram(rows), gram(grads)), Factors(x, g) if keep else None)
     matrices = unit_products(rows, grads)
     return KernelTap(squared(matrices), matrices if keep else None)
 

@@ -24,6 +24,7 @@ from rlhf_jax.objectives.taps import (
     Uses,
     exact,
     factors_are_smaller,
+    floored,
     lookup_squares,
     scattered,
     squared,
@@ -144,16 +145,18 @@ def squares_of(leaf: Leaf, shown: Any, units: int) -> Array:
         return squared(shown)
     if leaf.kind == "kernel":
         return jnp.sum(shown.squares, axis=0) if shown else jnp.zeros(units, jnp.float32)
-    total = jnp.zeros(units, jnp.float32)
+    parts = []
     if "lookup" in shown:
-        total += lookup_squares(shown["lookup"], units)
+        parts.append(lookup_squares(shown["lookup"], units))
     if "output" in shown:
-        total += shown["output"].squares
-    if len(shown) == 2:
+        parts.append(shown["output"].squares)
+    total = sum(parts, jnp.zeros(units, jnp.float32))
+    if len(parts) == 2:
         temperature, softcap = leaf.used("output")[2:]
         ids = shown["lookup"].ids.astype(jnp.int32)
         both = (ids, shown["lookup"].gradients, shown["output"])
         total += 2 * tied_products(leaf.weight, *both, temperature, softcap)
+        total = floored(total, sum(map(jnp.sqrt, parts)))
     return total
 
 

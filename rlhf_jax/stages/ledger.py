@@ -81,12 +81,13 @@ class Ledger:
         config, runs = self._config, self._runs()
         if not runs:
             return None
-        overlaps, names = self.overlaps(), self._claiming
         spent = [Spent(run["stage"], plan_of(run["claim"]).mechanism, run["claim"]["delta"]) for run in runs.values()]
+        begun = list(dict.fromkeys(run["stage"] for run in runs.values()))
+        overlaps = [overlap for overlap in self.overlaps() if set(overlap["stages"]) <= set(begun)]
         kinds = provenance(config)
         shared = [tuple(overlap["stages"]) for overlap in overlaps]
-        gone = {run["stage"] for run in runs.values()} - set(names)  # whom they hid is not known any more
-        shared += [(stage, run["stage"]) for stage in gone for run in runs.values() if run["stage"] != stage]
+        gone = set(begun) - set(self._claiming)  # whom they hid is not known any more
+        shared += [(stage, other) for stage in gone for other in begun if other != stage]
         joint = joint_claim(spent, shared)
         units = sorted({run["data"]["unit"] for run in runs.values()})
         data = {value: is_public(config, value) for name in config.stages for _, value in data_fields(config, name)}
@@ -95,7 +96,7 @@ class Ledger:
             "statement": statement(
                 joint,
                 unit=" or ".join(units),
-                names=list(dict.fromkeys(run["stage"] for run in runs.values())),
+                names=begun,
                 raw=[name for name, kind in kinds.items() if kind == RAW],
                 public=[value for value, public in data.items() if public],
                 trusted=list(dict.fromkeys(value for name in config.stages for value in public_inputs(config, name))),

@@ -37,6 +37,7 @@ from rlhf_jax.objectives.taps import (
     OutputTap,
     Tapped,
     factors_are_smaller,
+    kernel_tap,
     look_up,
     lookup_squares,
 )
@@ -189,6 +190,22 @@ def test_a_tied_embedding_s_taps_show_each_unit_s_gradient(width, monkeypatch):
     factors = np.float32([0.5, 0.0, 2.0])
     output = output_gradient(table.T, shown["output"], factors, temperature, softcap)
     assert difference(output, 0.5 * alone[0][1] + 2.0 * alone[2][1]) < 1e-6
+
+
+@pytest.mark.parametrize("away", [1.0, 1e2, 1e4])
+def test_a_norm_is_never_told_much_too_small_where_gradients_cancel(away):
+    """Sixteen positions that read the same, whose gradients are `away` times as long as their sum and cancel to it."""
+    rng, units = np.random.default_rng(2), 200
+    x = np.repeat(rng.normal(size=(units, 1, 64)), 16, axis=1)
+    pairs = away * rng.normal(size=(units, 8, 80))
+    g = np.concatenate([pairs, -pairs], axis=1) + rng.normal(size=(units, 1, 80)) / 16
+    x, g = x.astype(np.float32), g.astype(np.float32)
+    assert factors_are_smaller(16, 64, 80)
+    told = np.asarray(kernel_tap(x, g, units, keep=False).squares)
+    true = squares(np.einsum("utd,uto->udo", x, g, dtype=np.float64))
+    assert np.sqrt(true / told).max() < 1.01
+    if away == 1.0:
+        np.testing.assert_allclose(told, true, rtol=1e-4)
 
 
 def test_a_weight_used_twice_is_refused():

@@ -1,5 +1,6 @@
-"""What private stages may be fed with, and what their runs add up to: defects that are known, most not mended yet."""
+"""What private stages may be fed with, and what their runs add up to."""
 
+import copy
 import json
 import math
 import shutil
@@ -59,14 +60,20 @@ def test_without_noise_no_delta_is_needed(tmp_path):
     Private(context, group_units([str(i) for i in range(20)], 1), "digest", Shape(3, 5, 1))
 
 
-def ledger_with(folder, name, data):
-    """The ledger that a stage of this name leaves before its first draw; the stages before it are gone."""
+def ledger_with(folder, name, data, later=""):
+    """The ledger that a stage of this name leaves before its first draw; the stages before it are gone.
+
+    `later`: a stage after it that reads the same data.
+    """
     config = chain()
     ppo = config.stages.ppo
     del config.stages.ppo
     config.stages[name] = ppo
     config.stages[name].data = str(data)
-    contexts = {stage: Context(stage, config, folder, "identity") for stage in ("sft", "reward", name)}
+    if later:
+        config.stages[later] = copy.deepcopy(config.stages[name])
+        config.privacy.overlap = "compose"
+    contexts = {stage: Context(stage, config, folder, "identity") for stage in config.stages}
     contexts[name].folder.mkdir()
     contexts[name].on_claim = Ledger(folder, config, contexts).write
     Private(contexts[name], group_units([str(i) for i in range(20)], 1), "digest", Shape(6, 5, 1))
@@ -81,3 +88,13 @@ def test_a_deleted_stage_s_run_composes_with_another_stage_on_its_data(tmp_path)
     ledger = ledger_with(tmp_path, "again", data)
     assert len(ledger["runs"]) == 2
     assert ledger["claim"]["epsilon"] > 1.2 * once["claim"]["epsilon"]
+
+
+def test_a_stage_that_has_not_begun_has_spent_nothing(tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Thing {i}?"}) + "\n" for i in range(20)))
+    alone = ledger_with(tmp_path, "ppo", data)
+    shutil.rmtree(tmp_path / "ppo")
+    (tmp_path / "privacy.json").unlink()
+    sweep = ledger_with(tmp_path, "ppo", data, later="later")
+    assert sweep["claim"] == alone["claim"] and sweep["overlaps"] == []
