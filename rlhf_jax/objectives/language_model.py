@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, without ever holding logits of size batch x length x vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,23 @@ def _from_chunks(x: Array, length: int) -> Array:
     """(n, B, chunk, ...) -> (B, length, ...)."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def in_chunks(read: Callable[[Array, Array], Any], hidden: Array, targets: Array, vocab: int) -> Any:
+    """What `read` makes of hidden states and targets, over chunks of positions: about LOGITS_AT_ONCE logits at a time.
+
+    Args:
+      read: (B, C, D), (B, C) -> a tree of (B, C).
+      hidden: (B, T, D); targets: (B, T).
+      vocab: logits of a position.
+
+    Returns:
+      The tree of (B, T).
+    """
+    batch, length = targets.shape
+    chunk = _chunk_length(batch, length, vocab, _shards())
+    read_chunks = lax.map(lambda inputs: read(*inputs), (_to_chunks(hidden, chunk), _to_chunks(targets, chunk)))
+    return jax.tree.map(lambda x: _from_chunks(x, length), read_chunks)
 
 
 def _logits(hidden: Array, kernel: Array, temperature: float, softcap: float) -> Array:

@@ -37,7 +37,7 @@ def _before_answers(tokens: Array, prompt_lengths: Array, count: int) -> Array:
     return jnp.minimum((prompt_lengths - 1)[:, None] + jnp.arange(count), tokens.shape[1] - 1)
 
 
-def _answer_states(spec: RoleSpec, weights: Weights, tokens: Array, prompt_lengths: Array, answers: Array) -> Array:
+def answer_states(spec: RoleSpec, weights: Weights, tokens: Array, prompt_lengths: Array, answers: Array) -> Array:
     """Hidden states before each answer token of rows (B, T): (B, N, width)."""
     return hidden_states(spec, weights, tokens, keep=_before_answers(tokens, prompt_lengths, answers.shape[1]))
 
@@ -75,7 +75,7 @@ def row_logprobs(
     temperature: float,
 ) -> tuple[Array, Array]:
     """`answer_logprobs` of rows (B, T) in which each answer stands behind its prompt already."""
-    before = _answer_states(spec, weights, tokens, prompt_lengths, answers)
+    before = answer_states(spec, weights, tokens, prompt_lengths, answers)
     kernel = output_kernel(spec.config, weights["base"])
     logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
     inside = jnp.arange(answers.shape[1]) < lengths[:, None]
@@ -87,7 +87,7 @@ def answer_values(
 ) -> Array:
     """The value head's estimate of the state before each answer token: (B, N) float32, 0 beyond each length."""
     tokens = join(prompts, prompt_lengths, answers)
-    before = _answer_states(spec, weights, tokens, prompt_lengths, answers)
+    before = answer_states(spec, weights, tokens, prompt_lengths, answers)
     values = heads.apply_head(weights["head"], before)
     return jnp.where(jnp.arange(answers.shape[1]) < lengths[:, None], values, 0.0)
 
@@ -103,7 +103,7 @@ def answer_logprobs_and_values(
 ) -> tuple[Array, Array, Array]:
     """`answer_logprobs` and `answer_values` of one role with a head, in one pass: logprobs, entropy, values (B, N)."""
     tokens = join(prompts, prompt_lengths, answers)
-    before = _answer_states(spec, weights, tokens, prompt_lengths, answers)
+    before = answer_states(spec, weights, tokens, prompt_lengths, answers)
     kernel = output_kernel(spec.config, weights["base"])
     logprobs, entropy = token_logprobs(before, kernel, answers, temperature, spec.config.logit_softcap)
     columns = (logprobs, entropy, heads.apply_head(weights["head"], before))
