@@ -26,21 +26,23 @@ def edit_distance(a: jax.Array, a_lengths: jax.Array, b: jax.Array, b_lengths: j
 
     Reference: Wagner and Fischer (1974), "The string-to-string correction problem".
     """
-    batch, b_width = b.shape
-    columns = jnp.arange(b_width + 1, dtype=jnp.int32)
-    first_row = jnp.broadcast_to(columns, (batch, b_width + 1))
+    first_row = jnp.broadcast_to(jnp.arange(b.shape[1] + 1, dtype=jnp.int32), (len(b), b.shape[1] + 1))
 
-    def next_row(row, inputs):
+    def advance(row, inputs):
         i, a_tokens = inputs  # (), (B,)
-        mismatch = (a_tokens[:, None] != b).astype(jnp.int32)  # (B, S)
-        without_insertion = jnp.minimum(row[:, 1:] + 1, row[:, :-1] + mismatch)  # (B, S)
-        costs = jnp.concatenate([jnp.full((batch, 1), i), without_insertion], axis=1)  # (B, S + 1)
-        new_row = columns + jax.lax.cummin(costs - columns, axis=1)
-        return jnp.where((i <= a_lengths)[:, None], new_row, row), None
+        return jnp.where((i < a_lengths)[:, None], next_row(row, a_tokens, b), row), None
 
-    rows = jnp.arange(1, a.shape[1] + 1, dtype=jnp.int32)
-    last_row, _ = jax.lax.scan(next_row, first_row, (rows, a.T))
+    last_row, _ = jax.lax.scan(advance, first_row, (jnp.arange(a.shape[1]), a.T))
     return jnp.take_along_axis(last_row, b_lengths[:, None], axis=1)[:, 0]
+
+
+def next_row(row: jax.Array, token: jax.Array, b: jax.Array) -> jax.Array:
+    """The next row of `edit_distance`'s program: D[i, :] (B, S + 1) from D[i - 1, :], token a_i (B,) and b (B, S)."""
+    columns = jnp.arange(row.shape[1], dtype=jnp.int32)
+    mismatch = (token[:, None] != b).astype(jnp.int32)
+    without_insertion = jnp.minimum(row[:, 1:] + 1, row[:, :-1] + mismatch)
+    costs = jnp.concatenate([row[:, :1] + 1, without_insertion], axis=1)
+    return columns + jax.lax.cummin(costs - columns, axis=1)
 
 
 @jax.jit
@@ -56,3 +58,41 @@ def normalized_edit_distance(a: jax.Array, a_lengths: jax.Array, b: jax.Array, b
     longest = jnp.maximum(a_lengths, b_lengths)
     distance = edit_distance(a, a_lengths, b, b_lengths).astype(jnp.float32)
     return distance / jnp.maximum(longest, 1).astype(jnp.float32)
+
+
+@jax.jit
+def longest_common_run(a: jax.Array, a_lengths: jax.Array, b: jax.Array, b_lengths: jax.Array) -> jax.Array:
+    """Length of the longest run of tokens that stands in both sequences, (B,) int32.
+
+    One scan over the tokens of `a`: the run that ends at a_i and b_j is one longer than that of a_{i-1} and b_{j-1}.
+
+    Args:
+        a, a_lengths, b, b_lengths: as for `edit_distance`.
+    """
+    inside = jnp.arange(b.shape[1]) < b_lengths[:, None]
+
+    def advance(carry, inputs):
+        runs, longest = carry  # (B, S), (B,)
+        i, token = inputs
+        same = (token[:, None] == b) & inside & (i < a_lengths)[:, None]
+        runs = jnp.where(same, jnp.pad(runs[:, :-1], ((0, 0), (1, 0))) + 1, 0)
+        return (runs, jnp.maximum(longest, runs.max(axis=1))), None
+
+    start = (jnp.zeros(b.shape, jnp.int32), jnp.zeros(len(b), jnp.int32))
+    (_, longest), _ = jax.lax.scan(advance, start, (jnp.arange(a.shape[1]), a.T))
+    return longest
+
+
+@jax.jit
+def matching_share(a: jax.Array, a_lengths: jax.Array, b: jax.Array, b_lengths: jax.Array) -> jax.Array:
+    """The share of the tokens of `b` that `a` has at the same place, (B,) float32; 1 is verbatim.
+
+    Args:
+        a, a_lengths, b, b_lengths: as for `edit_distance`.
+
+    Reference: Biderman et al. (2023), "Emergent and predictable memorization", arXiv 2304.11158.
+    """
+    width = max(a.shape[1], b.shape[1])
+    a, b = (jnp.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (a, b))
+    same = (a == b) & (jnp.arange(width) < jnp.minimum(a_lengths, b_lengths)[:, None])
+    return same.sum(axis=1) / jnp.maximum(b_lengths, 1).astype(jnp.float32)

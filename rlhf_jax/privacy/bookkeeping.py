@@ -156,7 +156,7 @@ def squares_of(leaf: Leaf, shown: Any, units: int) -> Array:
         ids = shown["lookup"].ids.astype(jnp.int32)
         both = (ids, shown["lookup"].gradients, shown["output"])
         total += 2 * tied_products(leaf.weight, *both, temperature, softcap)
-        total = floored(total, sum(map(jnp.sqrt, parts)))
+        total = floored(total, jnp.sqrt(parts[0]) + jnp.sqrt(parts[1]))
     return total
 
 

@@ -1,7 +1,7 @@
 """Sampling answers: prefill and decode in one jitted program, which stops when every row has ended."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,17 @@ class Rollout(struct.PyTreeNode):
     prompt_lengths: Array  # (B,) int32
     tokens: Array  # (B, N) int32
     lengths: Array  # (B,) int32, the stop token counted
-    ended: Array  # (B,) bool: a stop token came
+    ended: Array  # (B,) bool: a stop token came (or a `Watch` ended it)
     logprobs: Array  # (B, N) float32, of decoding; training recomputes them by scoring
     sampling: Sampling = struct.field(pytree_node=False)
+    watch: Any = None  # the decoding's `Watch` at its end, where it had one
+
+
+class Watch(Protocol):
+    """What looks on while answers are decoded, and may end a row. A pytree of leaves (B, ...)."""
+
+    def observe(self, token: Array, counted: Array) -> tuple[Any, Array]:
+        """The watch after one more token (B,) of the rows `counted` (B,), and the rows (B,) that it ends."""
 
 
 def prepare_weights(
@@ -75,6 +83,7 @@ class _Decoding(struct.PyTreeNode):
     lengths: Array  # (B,)
     ended: Array  # (B,) bool
     matched: Array  # (B,) int32: state of the stop strings' automaton
+    watch: Any
 
 
 def _decoding_cache(prefilled: Cache, samples: int, valid: Array, positions: Array) -> Cache:
@@ -107,6 +116,7 @@ def generate(
     adapters: dict[str, Any] | None = None,
     samples: int = 1,
     stop_table: Array | None = None,
+    watch: Any = None,
     check_every: int = 8,
 ) -> Rollout:
     """Samples answers to each prompt.
@@ -126,6 +136,7 @@ def generate(
       samples: answers to each prompt (static), which share its prefill. The rollout has B * samples rows, those of
         prompt i from i * samples on; the first of them is what `samples=1` gives.
       stop_table: (states, V) int16 automaton of stop strings (`data.stops.stop_table`), or None.
+      watch: a `Watch` of B * samples rows, or None; stop tokens are not shown to it, and none of a row that has ended.
       check_every: steps between two checks whether every row has ended (static).
 
     Returns:
@@ -159,14 +170,18 @@ def generate(
         if stop_table is not None:
             matched = stop_table[matched, token].astype(jnp.int32)
             stopped = stopped | (matched == stop_table.shape[0] - 1)
+        watch, given_up = state.watch, jnp.zeros_like(stopped)
+        if watch is not None:
+            watch, given_up = watch.observe(token, running & ~stopped)
         return state.replace(
             step=state.step + 1,
             token=jnp.where(running, token, 0),
             tokens=jax.lax.dynamic_update_slice(state.tokens, jnp.where(running, token, 0)[:, None], at),
             logprobs=jax.lax.dynamic_update_slice(state.logprobs, jnp.where(running, logprob, 0.0)[:, None], at),
             lengths=state.lengths + running,
-            ended=state.ended | (running & stopped),
+            ended=state.ended | (running & (stopped | given_up)),
             matched=matched,
+            watch=watch,
         )
 
     # --- prefill: slots 0 ... P - 1 hold the prompts -------------------------------------------------------------
@@ -198,6 +213,7 @@ def generate(
         lengths=jnp.zeros((rows,), jnp.int32),
         ended=jnp.zeros((rows,), bool),
         matched=jnp.zeros((rows,), jnp.int32),
+        watch=watch,
     )
     state = record(state, logits)
 
@@ -214,6 +230,5 @@ def generate(
         return jax.lax.fori_loop(0, check_every, advance, state)
 
     state = jax.lax.while_loop(unfinished, steps, state)
-    return Rollout(
-        prompts, lengths, state.tokens[:, :count], state.lengths, state.ended, state.logprobs[:, :count], sampling
-    )
+    tokens, logprobs = state.tokens[:, :count], state.logprobs[:, :count]
+    return Rollout(prompts, lengths, tokens, state.lengths, state.ended, logprobs, sampling, state.watch)

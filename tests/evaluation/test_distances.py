@@ -1,6 +1,7 @@
 import numpy as np
 
 from rlhf_jax.evaluation import edit_distance, normalized_edit_distance
+from rlhf_jax.evaluation.distances import longest_common_run, matching_share
 
 
 def levenshtein(a, b):
@@ -44,3 +45,29 @@ def test_normalized_by_the_longer_length():
     distance = normalized_edit_distance(a, a_lengths, b, b_lengths)
     assert distance.dtype == np.float32
     np.testing.assert_allclose(distance, [0.0, 1.0, 0.0, 0.25])  # the third pair is empty on both sides
+
+
+def common_run(a, b):
+    """The longest run in both, by trying them all."""
+    runs = {tuple(a[i:j]) for i in range(len(a)) for j in range(i + 1, len(a) + 1)}
+    return max((len(run) for run in runs if any(tuple(b[i : i + len(run)]) == run for i in range(len(b)))), default=0)
+
+
+def test_the_longest_common_run_is_that_of_all_runs():
+    a, a_lengths, b, b_lengths = random_pairs(1000, 10, 8, vocabulary=3, seed=2)
+    a_lengths[:2], b_lengths[1:3] = 0, 0
+    found = longest_common_run(a, a_lengths, b, b_lengths)
+    expected = [common_run(x[:n], y[:m]) for x, n, y, m in zip(a, a_lengths, b, b_lengths, strict=True)]
+    np.testing.assert_array_equal(found, expected)
+    assert len(set(expected)) > 5
+
+
+def test_the_matching_share_counts_tokens_in_their_places():
+    a, a_lengths, b, b_lengths = random_pairs(1000, 10, 12, vocabulary=3, seed=3)
+    b_lengths = np.maximum(b_lengths, 1)
+    a[:50, :10], a_lengths[:50], b_lengths[:50] = b[:50, :10], 10, 9  # verbatim, and more
+    found = matching_share(a, a_lengths, b, b_lengths)
+    pairs = zip(a, a_lengths, b, b_lengths, strict=True)
+    expected = [sum(p == q for p, q in zip(x[:n], y[:m], strict=False)) / m for x, n, y, m in pairs]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert (np.asarray(found)[:50] == 1).all()

@@ -1,0 +1,188 @@
+"""Greedy completions of known targets, decoded only where they are not known yet.
+
+A reading of the target (`rollout.reading`) tells how far greedy decoding follows it: so much is a draft that needs no
+decoding. From there a row is decoded until it is as long as the target, or until it can no longer come near enough.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from rlhf_jax.data.table import pad_prompts
+from rlhf_jax.distributed.processes import is_main_process
+from rlhf_jax.distributed.sharding import fetch, place_batch
+from rlhf_jax.evaluation.distances import next_row
+from rlhf_jax.models.roles import RoleSpec, Weights, merged_base
+from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout.batches import bucket_widths, narrowest
+
+Array = jax.Array
+SLACK = 1e-6  # of a normalized distance: one edit in ten tokens is near at a threshold of 0.1
+
+
+class NearTarget(struct.PyTreeNode):
+    """Watches decoded rows and ends those that are as long as their target, or too far from it to come near again.
+
+    Attributes:
+      targets: (B, N) int32; lengths: (B,).
+      written: (B,) int32, tokens of the completion so far.
+      row: (B, N + 1) int32, edit distances of what is written to every beginning of the target.
+      limit: (B,) int32, the most edits that count as near.
+      needed: (B,) int32: a row is not given up while so many tokens may follow.
+    """
+
+    targets: Array
+    lengths: Array
+    written: Array
+    row: Array
+    limit: Array
+    needed: Array
+
+    @property
+    def least(self) -> Array:
+        """The least edits (B,) that a completion can end with.
+
+        It has at most the target's length N. What is written, i tokens, stands against the target's first j at D[i, j]
+        edits; the rest can be equal, but where j < i the target has i - j tokens more left than the completion may get.
+        """
+        places = jnp.arange(self.row.shape[1])
+        behind = jnp.maximum(self.written[:, None] - places, 0)
+        return jnp.min(jnp.where(places <= self.lengths[:, None], self.row + behind, jnp.iinfo(jnp.int32).max), axis=1)
+
+    def observe(self, token: Array, counted: Array) -> tuple["NearTarget", Array]:
+        """As `generate.Watch`."""
+        row = jnp.where(counted[:, None], next_row(self.row, token, self.targets), self.row)
+        after = self.replace(row=row, written=self.written + counted)
+        left = self.lengths - after.written
+        return after, (left <= 0) | ((after.least > self.limit) & (left < self.needed))
+
+
+class Completions(NamedTuple):
+    """Greedy completions of n targets, each cut to its target's length.
+
+    Attributes:
+      tokens: (n, N) int32; lengths: (n,) int32, without a stop token.
+      distance: (n,) float32, normalized edit distance to the target; of a censored row the least it could become.
+      censored: (n,) bool: given up, as it could come near no more.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    distance: np.ndarray
+    censored: np.ndarray
+
+
+def complete(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    agreed: np.ndarray,
+    *,
+    near: float,
+    needed: np.ndarray | None = None,
+    stop_ids: tuple[int, ...],
+    batch_size: int,
+    mesh: Mesh,
+    name: str,
+    buckets: Sequence[int] = (),
+) -> Completions:
+    """Completes every prompt greedily, as far as its verdict needs it.
+
+    Args:
+      targets: what each prompt's completion is compared to; none holds a stop token.
+      agreed: (n,) tokens of each target that greedy decoding gives, as a reading found; those rows in which it gives
+        all of them are not decoded.
+      near: the largest normalized edit distance whose exact value is asked; 1 gives up no row.
+      needed: (n,) int: a row is decoded on while so many tokens may follow, near or not; by default more than may.
+      batch_size: rows at a time, rounded up to the mesh; buckets: widths that prompts with their drafts are padded to.
+    """
+    lengths = np.asarray([len(target) for target in targets], np.int32)
+    drafted = [[*prompt, *target[:n]] for prompt, target, n in zip(prompts, targets, agreed, strict=True)]
+    needed = lengths + 1 if needed is None else needed
+    wanted = pad_prompts(targets, int(lengths.max()))["prompts"]
+    tokens = np.where(np.arange(wanted.shape[1]) < agreed[:, None], wanted, 0).astype(np.int32)
+    written, edits = np.asarray(agreed, np.int32).copy(), np.zeros(len(targets), np.int32)
+    censored = np.zeros(len(targets), bool)
+    limit = np.floor((near + SLACK) * lengths).astype(np.int32)
+
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
+    decoding = Sampling(wanted.shape[1], temperature=0.0, stop_ids=stop_ids)
+    batches = _batches(drafted, lengths, agreed, batch_size, shards, buckets)
+    for width, size, numbers in tqdm(batches, desc=name, disable=not is_main_process() or not batches, mininterval=1.0):
+
+        def load(mine: np.ndarray, width: int = width, size: int = size, numbers: list[int] = numbers):
+            rows = pad_prompts([drafted[i] for i in numbers], width, size)
+            chosen = np.concatenate([numbers, np.full(size - len(numbers), -1)]).astype(int)
+            rows |= {"targets": wanted[chosen], "wanted": np.where(chosen < 0, 0, lengths[chosen])}
+            rows |= {"agreed": written[chosen], "limit": limit[chosen], "needed": needed[chosen]}
+            return {key: value[mine].astype(np.int32) for key, value in rows.items()}
+
+        found = fetch(_continue(spec, base, place_batch(size, load, mesh), decoding))
+        for i, row, row_length, row_edits, gone in zip(numbers, *found, strict=False):
+            tokens[i, agreed[i] : row_length] = row[: row_length - agreed[i]]
+            written[i], edits[i], censored[i] = row_length, row_edits, gone
+    return Completions(tokens, written, edits / np.maximum(lengths, 1).astype(np.float32), censored)
+
+
+def _batches(
+    drafted: Sequence[Sequence[int]],
+    lengths: np.ndarray,
+    agreed: np.ndarray,
+    size: int,
+    shards: int,
+    buckets: Sequence[int],
+) -> list[tuple[int, int, list[int]]]:
+    """(width, rows, row numbers) of each batch; rows that have about as many tokens to go run together."""
+    waiting = [int(i) for i in np.argsort(agreed - lengths, kind="stable") if agreed[i] < lengths[i]]
+    if not waiting:
+        return []
+    size = -(-min(size, len(waiting)) // shards) * shards
+    groups: dict[int, list[int]] = {
+        width: [] for width in bucket_widths(buckets, max(len(drafted[i]) for i in waiting))
+    }
+    for number in waiting:
+        groups[narrowest(list(groups), len(drafted[number]))].append(number)
+    return [
+        (width, size, numbers[start : start + size])
+        for width, numbers in groups.items()
+        for start in range(0, len(numbers), size)
+    ]
+
+
+@partial(jax.jit, static_argnames=("spec", "decoding"))
+def _continue(
+    spec: RoleSpec, base: Weights, batch: dict[str, Array], decoding: Sampling
+) -> tuple[Array, Array, Array, Array]:
+    """Tokens (B, N) after the drafts, lengths (B,) of the whole completions, their edits (B,), and who was given up."""
+    places = jnp.arange(batch["targets"].shape[1] + 1, dtype=jnp.int32)
+    watch = NearTarget(
+        targets=batch["targets"],
+        lengths=batch["wanted"],
+        written=batch["agreed"],
+        row=jnp.abs(places - batch["agreed"][:, None]),
+        limit=batch["limit"],
+        needed=batch["needed"],
+    )
+    rollout = generate(
+        spec.config,
+        base,
+        batch["prompts"],
+        batch["lengths"],
+        key=jax.random.key(0),  # greedy: not used
+        sampling=decoding,
+        watch=watch,
+    )
+    watch = rollout.watch
+    stopped = watch.written < batch["agreed"] + rollout.lengths  # its last token was a stop token, which is not shown
+    censored = ~stopped & (watch.written < watch.lengths)
+    final = jnp.take_along_axis(watch.row, watch.lengths[:, None], axis=1)[:, 0]
+    return rollout.tokens, watch.written, jnp.where(censored, watch.least, final), censored

@@ -1,0 +1,155 @@
+"""Completing known targets from drafts: the verdicts and distances of decoding everything."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from test_distances import levenshtein
+
+from rlhf_jax.data.table import pad_prompts
+from rlhf_jax.distributed import make_mesh
+from rlhf_jax.evaluation import normalized_edit_distance
+from rlhf_jax.evaluation.drafts import NearTarget, complete
+from rlhf_jax.evaluation.extraction import first_divergence
+from rlhf_jax.models import TransformerConfig
+from rlhf_jax.models.roles import RoleSpec, init_base
+from rlhf_jax.rollout import Sampling
+from rlhf_jax.rollout.batches import answer_all
+from rlhf_jax.rollout.reading import read_answers
+
+CONFIG = TransformerConfig(
+    vocab_size=61, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=64, tie_embeddings=False
+)
+SPEC = RoleSpec(CONFIG)
+STOPS, LONGEST, NEAR = (3,), 20, 0.1
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    params = jax.jit(partial(init_base, CONFIG))(key=jax.random.key(0))
+    return {"base": {**params, "embedding": 30 * params["embedding"], "head": 2 * params["head"]}}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    mesh = make_mesh(2, 1, 1, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def greedily(weights, mesh, prompts):
+    """Greedy answers without their stop tokens, by decoding all of them to the end."""
+    tokens, lengths, ended = answer_all(
+        SPEC,
+        weights,
+        prompts,
+        np.arange(len(prompts), dtype=np.int32),
+        key=jax.random.key(1),
+        sampling=Sampling(LONGEST, temperature=0.0, stop_ids=STOPS),
+        batch_size=24,
+        mesh=mesh,
+        name="all",
+    )
+    return tokens, lengths - ended
+
+
+def edited(text, edits):
+    """A text with so many edits at random places, none of them a stop token."""
+    text = list(text)
+    for _ in range(edits):
+        place = int(rng.integers(len(text)))
+        kind = rng.integers(3)
+        if kind == 0:
+            text[place] = int(rng.integers(4, 61))
+        elif kind == 1 and len(text) > 2:
+            del text[place]
+        elif len(text) < LONGEST:
+            text.insert(place, int(rng.integers(4, 61)))
+    return text
+
+
+@pytest.fixture(scope="module")
+def secrets(weights, mesh):
+    """Prompts, targets with 0 to 4 edits or all random, and the completions and distances of decoding everything."""
+    prompts = [rng.integers(4, 61, rng.integers(1, 9)).tolist() for _ in range(120)]
+    tokens, lengths = greedily(weights, mesh, prompts)
+    targets = []
+    for i, (row, n) in enumerate(zip(tokens, lengths, strict=True)):
+        own = edited(row[:n].tolist() if n > 1 else [7, 8], i % 5)
+        targets.append(own if i % 6 else rng.integers(4, 61, int(rng.integers(2, LONGEST))).tolist())
+    cut = np.minimum(lengths, [len(target) for target in targets]).astype(np.int32)
+    padded = pad_prompts(targets, LONGEST)
+    distance = np.asarray(normalized_edit_distance(tokens, cut, padded["prompts"], padded["lengths"]))
+    return prompts, targets, [row[:n].tolist() for row, n in zip(tokens, cut, strict=True)], distance
+
+
+def agreement(weights, prompts, targets):
+    asked, wanted = pad_prompts(prompts, 8), pad_prompts(targets, LONGEST)
+    fields = asked["prompts"], asked["lengths"], wanted["prompts"], wanted["lengths"]
+    reading = read_answers(SPEC, weights, *fields, Sampling(LONGEST))
+    return first_divergence(reading.greedy, wanted["lengths"])
+
+
+def completed(weights, mesh, secrets, **kwargs):
+    prompts, targets, _, _ = secrets
+    agreed = agreement(weights, prompts, targets)
+    fields = dict(near=NEAR, stop_ids=STOPS, batch_size=24, mesh=mesh, name="drafts") | kwargs
+    return complete(SPEC, weights, prompts, targets, agreed, **fields), agreed
+
+
+def test_verdicts_are_those_of_decoding_everything(weights, mesh, secrets):
+    found, agreed = completed(weights, mesh, secrets)
+    _, targets, _, distance = secrets
+    lengths = np.asarray([len(target) for target in targets])
+    np.testing.assert_array_equal(found.distance <= NEAR + 1e-6, distance <= NEAR + 1e-6)
+    near, exact = int((distance <= NEAR + 1e-6).sum()), int((agreed == lengths).sum())
+    assert 20 < exact < near < 80  # some are near without being verbatim, and as many are not
+    known = ~found.censored
+    np.testing.assert_allclose(found.distance[known], distance[known], rtol=1e-6)
+    assert (distance[~known] >= found.distance[~known] - 1e-6).all() and found.distance[~known].min() > NEAR
+    assert (~known).sum() > 20
+
+
+def test_without_a_limit_every_completion_is_decoded_to_its_end(weights, mesh, secrets):
+    found, _ = completed(weights, mesh, secrets, near=1.0, buckets=(4, 12))
+    texts = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
+    assert texts == secrets[2] and not found.censored.any()
+    np.testing.assert_allclose(found.distance, secrets[3], rtol=1e-6)
+
+
+def test_a_row_is_decoded_on_while_what_is_asked_of_it_may_follow(weights, mesh, secrets):
+    """All rows may still hold what four tokens say: those that are given up have no room for it left."""
+    needed = np.full(len(secrets[0]), 4)
+    found, _ = completed(weights, mesh, secrets, needed=needed)
+    left = np.asarray([len(target) for target in secrets[1]]) - found.lengths
+    assert found.censored.any() and left[found.censored].max() < 4
+    before, _ = completed(weights, mesh, secrets)
+    assert before.censored.sum() > found.censored.sum()
+
+
+def test_what_a_row_can_still_become_is_never_more_than_it_becomes():
+    """Every prefix of 200 pairs, against all that the rest may be: nothing more, or up to the target's length."""
+    observe = jax.jit(NearTarget.observe)
+    for _ in range(40):
+        n = int(rng.integers(1, 8))
+        target, text = rng.integers(0, 3, n), rng.integers(0, 3, n)
+        watch = NearTarget(
+            targets=target[None].astype(np.int32),
+            lengths=np.array([n], np.int32),
+            written=np.array([0], np.int32),
+            row=np.arange(n + 1, dtype=np.int32)[None],
+            limit=np.array([n], np.int32),
+            needed=np.array([0], np.int32),
+        )
+        for i in range(n):
+            ends = [levenshtein(text[:stop], target) for stop in range(i, n + 1)]
+            best = [
+                levenshtein([*text[:i], *rest], target)
+                for stop in range(n - i + 1)
+                for rest in (target[n - stop :], target[i : i + stop])
+            ]
+            assert int(watch.least[0]) <= min(ends + best)
+            watch, _ = observe(watch, text[i : i + 1].astype(np.int32), np.array([True]))
+        assert int(watch.row[0, n]) == levenshtein(text, target)
