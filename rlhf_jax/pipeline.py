@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, is_private, reward_sources, upstream
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
-from rlhf_jax.reporting import write_report
 from rlhf_jax.rollout.functions import function_identity
 from rlhf_jax.stages import audit, best_of_n, export, memorization, ppo, preference, prepare, reward, sft, tokenizer
 from rlhf_jax.stages import plan as plans
@@ -210,6 +209,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 _account(ledger)
         contexts[name].bases.clear()  # the next stage loads what it names
     _write_summary(workdir, config, order)
+    from rlhf_jax.reporting import write_report  # slow to import
+
     if is_main_process():
         _say(f"report: {write_report(workdir)}")
     barrier("run finished")

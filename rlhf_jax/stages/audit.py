@@ -15,7 +15,6 @@ import numpy as np
 from rlhf_jax.data.corpus import keyed_generator
 from rlhf_jax.data.units import Units
 from rlhf_jax.distributed.sharding import fetch
-from rlhf_jax.privacy.auditing import audit_report
 from rlhf_jax.privacy.gradient import Canaries, PrivateStep
 from rlhf_jax.stages import ppo, preference, reward, sft
 from rlhf_jax.stages.context import Context
@@ -69,6 +68,8 @@ def check(context: Context) -> None:
 
 def run(context: Context) -> dict[str, Any]:
     """Runs the stage with canaries; returns what the audit found."""
+    from rlhf_jax.privacy.auditing import audit_report  # slow to import
+
     config = context.config
     rng = keyed_generator(context.seed, context.name, "canaries")
     canaries = Canaries(config.canaries, config.idle, int(rng.integers(2**31)))
