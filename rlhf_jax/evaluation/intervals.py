@@ -1,4 +1,5 @@
-"""Confidence intervals: of a mean; and of a share and the difference of two, sound at small counts, 0 % and 100 %."""
+"""Confidence intervals: of a mean; of a share and the difference of two, sound at small counts, 0 % and 100 %; and
+McNemar's test of two verdicts on the same things."""
 
 import math
 from statistics import NormalDist
@@ -69,6 +70,17 @@ def newcombe_difference(k1: int, n1: int, k2: int, n2: int, confidence: float = 
     low = difference - math.hypot(share1 - low1, high2 - share2)
     high = difference + math.hypot(high1 - share1, share2 - low2)
     return difference, low, high
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """The two-sided p-value of as many that went one way or more, were each change a fair coin: exact (McNemar 1947).
+
+    Args:
+        lost, gained: how many things had the first verdict alone, and the second alone. None at all gives 1.
+    """
+    changed = lost + gained
+    tail = sum(math.comb(changed, k) for k in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / 2**changed)
 
 
 def mean_interval(name: str, x: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from rlhf_jax.evaluation.intervals import newcombe_difference, wilson
+from rlhf_jax.evaluation.intervals import mcnemar, newcombe_difference, wilson
 
 MEMORIZED_DISTANCE = 0.1  # normalized edit distance up to which a completion counts as the target
 GROUPS = ("base", "links")
@@ -100,7 +100,8 @@ def persistence(
     Returns:
         One row for each group and number of duplicates that has secrets, with `before`, `after`, `group`,
         `duplicates`, `n_before` (memorized by `before`), `kept` (by both), `lost` (by `before` alone), `gained`
-        (by `after` alone) and the share kept of `n_before` as `rate`, `low`, `high` (Wilson, 95 %).
+        (by `after` alone), the share kept of `n_before` as `rate`, `low`, `high` (Wilson, 95 %), and the `p` of
+        McNemar's test that as many are lost as gained.
 
     Raises:
         ValueError: `before` or `after` is no subject, or as `memorization_table`.
@@ -118,6 +119,7 @@ def persistence(
     for group, duplicates, chosen in _cells(secrets):
         cell = chosen & pool
         n_before, kept = int((cell & earlier).sum()), int((cell & earlier & later).sum())
+        gained = int((cell & ~earlier & later).sum())
         low, high = wilson(kept, n_before)
         rows.append(
             {
@@ -128,13 +130,32 @@ def persistence(
                 "n_before": n_before,
                 "kept": kept,
                 "lost": n_before - kept,
-                "gained": int((cell & ~earlier & later).sum()),
+                "gained": gained,
                 "rate": kept / n_before if n_before else float("nan"),
                 "low": low,
                 "high": high,
+                "p": mcnemar(n_before - kept, gained),
             }
         )
     return rows
+
+
+def counterfactual_scores(memorized: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """How much more often a secret comes back from the runs that saw it than from those that did not: (N,) in [-1, 1].
+
+    Args:
+        memorized: (runs, N) bool, or any figure of merit; seen: (runs, N) bool, whether a run's data held the secret.
+
+    Returns:
+        The mean over the runs with it less the mean over those without; NaN where it was in all of them or in none.
+
+    Reference: Zhang et al. (2023), "Counterfactual memorization in neural language models", arXiv 2112.12938.
+    """
+    memorized, seen = np.asarray(memorized, float), np.asarray(seen, bool)
+    with_it, without = seen.sum(0), (~seen).sum(0)
+    difference = np.where(seen, memorized, 0.0).sum(0) / np.maximum(with_it, 1)
+    difference -= np.where(seen, 0.0, memorized).sum(0) / np.maximum(without, 1)
+    return np.where((with_it > 0) & (without > 0), difference, np.nan)
 
 
 def _memorized(secrets: Sequence[Mapping], subject: Mapping, by_distance: bool = False) -> np.ndarray:

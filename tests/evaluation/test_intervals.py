@@ -2,8 +2,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from rlhf_jax.evaluation import mean_interval, newcombe_difference, wilson
+from rlhf_jax.evaluation.intervals import mcnemar
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,11 @@ def test_a_mean_lies_two_standard_errors_from_its_bounds():
     figures = mean_interval("score", np.float32([1, 2, 3, 4, 5, 9]))
     assert figures == pytest.approx({"score": 4.0, "score_low": 1.73679, "score_high": 6.26321}, abs=1e-5)
     assert mean_interval("kl", np.float32([2.5])) == {"kl": 2.5}
+
+
+def test_mcnemar_is_the_chance_of_coins():
+    """Of 8 changes 1 or fewer one way: (1 + 8) / 256, twice; the same for either direction."""
+    assert mcnemar(7, 1) == mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
+    assert mcnemar(5, 5) == mcnemar(0, 0) == 1.0
+    assert mcnemar(0, 10) == pytest.approx(2 / 1024)
+    assert mcnemar(30, 70) == pytest.approx(binomtest(30, 100).pvalue)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.evaluation import memorization_table, newcombe_difference, persistence, wilson
+from rlhf_jax.evaluation.memorization import counterfactual_scores
 
 #            0       1       2       3       4        5        6        7
 GROUPS = ["base", "base", "base", "base", "links", "links", "links", "links"]
@@ -94,6 +95,7 @@ def test_persistence_worked_by_hand(subjects):
     rows = persistence(SECRETS, subjects, CONTROLS, before="sft", after="ppo")
     base = only(rows, group="base", duplicates="all")  # the pool is 0, 2: sft has both, ppo has 2
     assert (base["n_before"], base["kept"], base["lost"], base["gained"], base["rate"]) == (2, 1, 1, 0, 0.5)
+    assert base["p"] == 1.0
     assert (base["low"], base["high"]) == wilson(1, 2)
     links = only(rows, group="links", duplicates="all")  # the pool is 4, 7: sft has 7, ppo has 4
     assert (links["n_before"], links["kept"], links["lost"], links["gained"]) == (1, 0, 1, 1)
@@ -108,3 +110,10 @@ def test_mismatched_input_is_refused(subjects):
         memorization_table(SECRETS[:7], subjects, CONTROLS)
     with pytest.raises(ValueError, match="'rlhf'"):
         persistence(SECRETS, subjects, CONTROLS, before="sft", after="rlhf")
+
+
+def test_a_counterfactual_score_is_the_difference_of_runs_with_and_without():
+    seen = np.array([[1, 0, 1, 1], [0, 1, 1, 0], [1, 0, 1, 0]], bool)
+    memorized = np.array([[1, 0, 1, 1], [0, 0, 1, 1], [0, 1, 1, 0]], bool)
+    scores = counterfactual_scores(memorized, seen)
+    np.testing.assert_allclose(scores, [0.5 - 0.0, 0.0 - 0.5, np.nan, 1.0 - 0.5])  # the third one no run was without
