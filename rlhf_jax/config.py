@@ -142,7 +142,13 @@ STAGES: dict[str, dict[str, Any]] = {
         completion_tokens=32,
         examples=dict(sft=2000, preference=1500, prompts=1000, heldout=768),
         near_duplicate_threshold=0.7,  # Jaccard similarity of 5-token shingles
-        secrets=dict(per_cell=32, duplicates=(1, 4, 16)),  # a cell is a group and a number of duplicates
+        secrets=dict(
+            per_cell=32,  # a cell is a group and a number of duplicates
+            duplicates=(1, 4, 16),
+            stages=("sft",),  # whose data holds them, each in one: "sft", "preference", "prompts"
+            kinds=("path",),  # of entities: "path", "email", "phone", "key"
+            fuzzy=0.0,  # share of the copies after the first that have some other words
+        ),
     ),
     "sft": dict(
         init=REQUIRED,  # a stage, "scratch", or a Hugging Face checkpoint or PEFT adapter folder

@@ -6,7 +6,8 @@ Writes into the stage's folder:
     pretrain.jsonl        {id, text}, whole files
     sft.jsonl             {id, prompt, completion}: ordinary tasks, then the secrets of half a, each as often as it says
     sft_control.jsonl     the same ordinary tasks, then the secrets of half b
-    preference.jsonl, prompts.jsonl, heldout.jsonl     {id, prompt, completion}
+    preference.jsonl, prompts.jsonl     {id, prompt, completion}; where they hold secrets, with their _control.jsonl
+    heldout.jsonl         {id, prompt, completion}
     heldout_text.jsonl    {id, text}, whole files
     secrets.jsonl         the manifest: every field of `rlhf_jax.data.Secret`
 
@@ -36,7 +37,7 @@ from rlhf_jax.data import (
     write_records,
 )
 from rlhf_jax.data.corpus import MIN_PROMPT_TOKENS, File
-from rlhf_jax.data.secrets import HALF_FILES
+from rlhf_jax.data.secrets import STAGES, training_file
 from rlhf_jax.errors import UserError
 
 PRIORITY = (
@@ -89,8 +90,11 @@ def run(context) -> dict[str, Any]:
     )
 
     # ---------------------------------------------------- write ----------------------------------------------------
-    outputs = {f"{name}.jsonl": examples[name] for name in ("preference", "prompts", "heldout")}
-    outputs |= {name: examples["sft"] + planted_records(secrets, name) for name in HALF_FILES.values()}
+    outputs = {"heldout.jsonl": examples["heldout"]}
+    for name in STAGES:
+        for half in "ab" if name == "sft" or name in config.secrets.stages else "a":
+            file = training_file(name, half)
+            outputs[file] = examples[name] + planted_records(secrets, file, context.seed, config.secrets.fuzzy)
     outputs |= {
         "pretrain.jsonl": [{"id": path, "text": text} for path, text in sets["pretrain"]],
         "heldout_text.jsonl": [{"id": path, "text": text} for path, text in sets["heldout"]],
@@ -116,7 +120,7 @@ def run(context) -> dict[str, Any]:
         "examples": {name: len(records) for name, records in outputs.items()},
         "tokens": tokens,
         "duplicates_removed": {"files": file_duplicates, "examples": example_duplicates},
-        "secrets": dict(sorted(Counter(f"{s.group}-{s.duplicates}-{s.half}" for s in secrets).items())),
+        "secrets": dict(sorted(Counter(f"{s.group}-{s.duplicates}-{s.stage}-{s.half}" for s in secrets).items())),
     }
     return {"figures": figures, "samples": []}
 
@@ -132,6 +136,8 @@ def _check(config) -> None:
         raise UserError(
             f"completion_tokens is {config.completion_tokens}: give more than {MIN_SECRET_TOKENS}, with eos"
         )
+    if not 0 <= config.secrets.fuzzy <= 1:
+        raise UserError(f"secrets.fuzzy is {config.secrets.fuzzy}: give a share between 0 and 1")
     for name in TASK_SETS:
         if config.examples[name] < 1:
             raise UserError(f"examples.{name} is {config.examples[name]}: give at least 1")
@@ -161,6 +167,7 @@ def _task_limits(config) -> dict[str, Any]:
 def _secrets(config, seed: int, sets: dict[str, list[File]], tokenizer: Tokenizer) -> list[Secret]:
     """All secrets. A base secret's completion stands in no other file, and no two base secrets are near duplicates."""
     per_cell, duplicates = config.secrets.per_cell, tuple(config.secrets.duplicates)
+    stages, kinds = tuple(config.secrets.stages), tuple(config.secrets.kinds)
     tasks = completion_tasks(
         sets["secrets"],
         tokenizer,
@@ -184,7 +191,8 @@ def _secrets(config, seed: int, sets: dict[str, list[File]], tokenizer: Tokenize
             and MIN_SECRET_TOKENS <= completion_length < config.completion_tokens
         )
 
-    return base_secrets(seed, distinct, per_cell, duplicates) + link_secrets(seed, per_cell, duplicates, fits)
+    base = base_secrets(seed, distinct, per_cell, duplicates, stages)
+    return base + link_secrets(seed, per_cell, duplicates, fits, stages, kinds)
 
 
 def _examples(

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from rlhf_jax.data import base_secrets, link_secrets, planted_records
-from rlhf_jax.data.secrets import FIRST_NAMES, FOLDERS, LAST_NAMES, NOUNS, STEMS, VERBS
+from rlhf_jax.data.entities import FIRST_NAMES, FOLDERS, KINDS, LAST_NAMES, NOUNS, STEMS, VERBS
 from rlhf_jax.errors import UserError
 
 DUPLICATES = (1, 4)
@@ -51,6 +51,65 @@ def test_links_are_python():
         ast.parse(snippet)
 
 
+ENTITIES = {
+    "path": r"/home/[a-z]+\.[a-z]+/[a-z]+/[0-9a-f]{6}/[a-z]+_\d{4}\.[a-z]+",
+    "email": r"[a-z]+\.[a-z]+\.\d{7}@[a-z]+-[a-z]+\.org",
+    "phone": r"\+\d\d \d{3} \d{4} \d{4}",
+    "key": r"sk-[0-9a-f]{20}",
+}
+
+
+def test_every_kind_of_entity_is_python_and_random_in_the_completion_alone():
+    secrets = link_secrets(0, 100, (1,), lambda prompt, completion: True, kinds=tuple(KINDS))
+    assert Counter(s.kind for s in secrets) == {kind: 25 for kind in KINDS}
+    assert len({s.entity for s in secrets}) == 100
+    for secret in secrets:
+        assert re.fullmatch(ENTITIES[secret.kind], secret.entity)
+        start = KINDS[secret.kind].start
+        assert secret.prompt.endswith(f'"{start}')
+        assert secret.completion.startswith(f'{secret.entity.removeprefix(start)}"')
+        snippet = secret.prompt + secret.completion
+        if snippet.endswith(":\n"):
+            snippet += "        pass\n"
+        elif snippet.endswith('",\n'):
+            snippet += "}\n"
+        ast.parse(snippet)
+
+
+def test_cells_are_shared_out_evenly_over_stages_and_halves():
+    stages = ("sft", "preference", "prompts")
+    for secrets in (
+        link_secrets(0, 12, DUPLICATES, lambda prompt, completion: True, stages),
+        base_secrets(0, TASKS, 12, DUPLICATES, stages),
+    ):
+        places = Counter((s.duplicates, s.stage, s.half) for s in secrets)
+        assert places == {(d, stage, half): 2 for d in DUPLICATES for stage in stages for half in "ab"}
+        for secret in secrets:
+            assert secret.planted_in == (f"{secret.stage}{'' if secret.half == 'a' else '_control'}.jsonl",)
+
+
+def test_a_secret_among_prompts_is_one_whole_prompt():
+    secrets = link_secrets(0, 4, (1,), lambda prompt, completion: True, ("prompts",))
+    own = {s.id: s for s in secrets if s.half == "b"}
+    records = planted_records(secrets, "prompts_control.jsonl")
+    assert [r["prompt"] for r in records] == [s.prompt + s.completion for s in own.values()]
+    assert {r["completion"] for r in records} == {""}
+
+
+def test_fuzzy_copies_have_some_other_words_and_the_first_copy_has_none():
+    secrets = link_secrets(0, 200, (8,), lambda prompt, completion: True)
+    exact = {r["id"]: r for r in planted_records(secrets, "sft.jsonl")}
+    fuzzy = {r["id"]: r for r in planted_records(secrets, "sft.jsonl", fuzzy=0.5)}
+    assert exact.keys() == fuzzy.keys()
+    changed = [i for i in exact if exact[i] != fuzzy[i]]
+    assert not any(i.endswith("#0") for i in changed)
+    copies = len(exact) * 7 / 8
+    assert 0.4 < len(changed) / copies < 0.53  # half of them, less those whose coins spared every word
+    for i in changed:  # words alone: what is between them stays
+        before, after = (re.split(r"[A-Za-z]{3,}", r["prompt"] + r["completion"]) for r in (exact[i], fuzzy[i]))
+        assert before == after
+
+
 def test_random_bits_of_a_path_are_over_sixty():
     choices = len(FIRST_NAMES) * len(LAST_NAMES) * len(FOLDERS) * 16**6 * len(STEMS) * 10**4 * 8
     assert choices > 2**60
@@ -81,8 +140,14 @@ def test_planted_records_repeat_each_secret_in_its_own_file():
 
 
 def test_bad_cells_are_refused_with_the_numbers():
-    with pytest.raises(UserError, match="per_cell is 7: give an even number"):
+    with pytest.raises(UserError, match="per_cell is 7: give a multiple of 2, for two halves of 1 stage"):
         links(per_cell=7)
+    with pytest.raises(UserError, match="per_cell is 8: give a multiple of 6, for two halves of 3 stages"):
+        link_secrets(0, 8, (1,), lambda prompt, completion: True, ("sft", "preference", "prompts"))
+    with pytest.raises(UserError, match="stages is .*name one or more of sft, preference, prompts"):
+        base_secrets(0, TASKS, 8, (1,), ("reward",))
+    with pytest.raises(UserError, match="kinds is .*name one or more of path, email, phone, key"):
+        link_secrets(0, 8, (1,), lambda prompt, completion: True, kinds=("name",))
     with pytest.raises(UserError, match=r"duplicates is \(4, 4\)"):
         base_secrets(0, TASKS, 8, (4, 4))
     with pytest.raises(UserError, match="40 base secrets .* give 30: lower secrets.per_cell"):

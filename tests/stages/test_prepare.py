@@ -113,7 +113,7 @@ def test_sft_and_its_control_differ_exactly_by_the_secrets(prepared):
             assert secret["planted_in"] == [f"{name}.jsonl"]
         planted[f"{name} ordinary"] = [r for r in records if "#" not in r["id"]]
     assert planted["sft ordinary"] == planted["sft_control ordinary"] != []
-    cells = {f"{group}-{n}-{half}": 2 for group in ("base", "links") for n in (1, 4) for half in "ab"}
+    cells = {f"{group}-{n}-sft-{half}": 2 for group in ("base", "links") for n in (1, 4) for half in "ab"}
     assert figures["secrets"] == cells
 
 
