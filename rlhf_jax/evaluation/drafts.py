@@ -4,6 +4,7 @@ A reading of the target (`rollout.reading`) tells how far greedy decoding follow
 decoding. From there a row is decoded until it is as long as the target, or until it can no longer come near enough.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.distances import next_row
 from rlhf_jax.models.roles import RoleSpec, Weights, merged_base
 from rlhf_jax.rollout import Sampling, generate
-from rlhf_jax.rollout.batches import bucket_widths, narrowest
+from rlhf_jax.rollout.batches import bucket_widths, narrowest, take_rows
 
 Array = jax.Array
 SLACK = 1e-6  # of a normalized distance: one edit in ten tokens is near at a threshold of 0.1
@@ -35,7 +36,7 @@ class NearTarget(struct.PyTreeNode):
       written: (B,) int32, tokens of the completion so far.
       row: (B, N + 1) int32, edit distances of what is written to every beginning of the target.
       limit: (B,) int32, the most edits that count as near.
-      needed: (B,) int32: a row is not given up while so many tokens may follow.
+      whole: (B,) bool: a row that is not given up.
     """
 
     targets: Array
@@ -43,7 +44,7 @@ class NearTarget(struct.PyTreeNode):
     written: Array
     row: Array
     limit: Array
-    needed: Array
+    whole: Array
 
     @property
     def least(self) -> Array:
@@ -61,7 +62,7 @@ class NearTarget(struct.PyTreeNode):
         row = jnp.where(counted[:, None], next_row(self.row, token, self.targets), self.row)
         after = self.replace(row=row, written=self.written + counted)
         left = self.lengths - after.written
-        return after, (left <= 0) | ((after.least > self.limit) & (left < self.needed))
+        return after, (left <= 0) | ((after.least > self.limit) & ~self.whole)
 
 
 class Completions(NamedTuple):
@@ -87,7 +88,7 @@ def complete(
     agreed: np.ndarray,
     *,
     near: float,
-    needed: np.ndarray | None = None,
+    whole: np.ndarray | None = None,
     stop_ids: tuple[int, ...],
     batch_size: int,
     mesh: Mesh,
@@ -101,56 +102,50 @@ def complete(
       agreed: (n,) tokens of each target that greedy decoding gives, as a reading found; those rows in which it gives
         all of them are not decoded.
       near: the largest normalized edit distance whose exact value is asked; 1 gives up no row.
-      needed: (n,) int: a row is decoded on while so many tokens may follow, near or not; by default more than may.
+      whole: (n,) bool: rows that are decoded to the end, near or not, as more than their distance is asked.
       batch_size: rows at a time, rounded up to the mesh; buckets: widths that prompts with their drafts are padded to.
     """
-    lengths = np.asarray([len(target) for target in targets], np.int32)
+    lengths, agreed = np.asarray([len(target) for target in targets], np.int32), np.asarray(agreed, np.int32)
     drafted = [[*prompt, *target[:n]] for prompt, target, n in zip(prompts, targets, agreed, strict=True)]
-    needed = lengths + 1 if needed is None else needed
     wanted = pad_prompts(targets, int(lengths.max()))["prompts"]
-    tokens = np.where(np.arange(wanted.shape[1]) < agreed[:, None], wanted, 0).astype(np.int32)
-    written, edits = np.asarray(agreed, np.int32).copy(), np.zeros(len(targets), np.int32)
-    censored = np.zeros(len(targets), bool)
-    limit = np.floor((near + SLACK) * lengths).astype(np.int32)
+    columns = {
+        "targets": wanted,
+        "target_lengths": lengths,
+        "agreed": agreed,
+        "limit": np.floor((near + SLACK) * lengths).astype(np.int32),
+        "whole": np.zeros(len(targets), bool) if whole is None else whole,
+    }
+    tokens = np.where(np.arange(wanted.shape[1]) < agreed[:, None], wanted, 0)
+    written, edits, censored = agreed.copy(), np.zeros(len(targets), np.int32), np.zeros(len(targets), bool)
 
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
     decoding = Sampling(wanted.shape[1], temperature=0.0, stop_ids=stop_ids)
-    batches = _batches(drafted, lengths, agreed, batch_size, shards, buckets)
-    for width, size, numbers in tqdm(batches, desc=name, disable=not is_main_process() or not batches, mininterval=1.0):
-
-        def load(mine: np.ndarray, width: int = width, size: int = size, numbers: list[int] = numbers):
-            rows = pad_prompts([drafted[i] for i in numbers], width, size)
-            chosen = np.concatenate([numbers, np.full(size - len(numbers), -1)]).astype(int)
-            rows |= {"targets": wanted[chosen], "wanted": np.where(chosen < 0, 0, lengths[chosen])}
-            rows |= {"agreed": written[chosen], "limit": limit[chosen], "needed": needed[chosen]}
-            return {key: value[mine].astype(np.int32) for key, value in rows.items()}
-
-        found = fetch(_continue(spec, base, place_batch(size, load, mesh), decoding))
-        for i, row, row_length, row_edits, gone in zip(numbers, *found, strict=False):
-            tokens[i, agreed[i] : row_length] = row[: row_length - agreed[i]]
-            written[i], edits[i], censored[i] = row_length, row_edits, gone
+    batches = _batches(drafted, lengths - agreed, batch_size, mesh, buckets)
+    quiet = not is_main_process() or not batches
+    for width, size, numbers in tqdm(batches, desc=name, disable=quiet, mininterval=1.0, file=sys.stdout):
+        filled = [*numbers, *[numbers[0]] * (size - len(numbers))]
+        rows = pad_prompts([drafted[i] for i in filled], width)
+        rows |= {column: values[filled] for column, values in columns.items()}
+        found = fetch(_continue(spec, base, place_batch(size, partial(take_rows, rows), mesh), decoding))
+        for i, row, length, row_edits, given_up in zip(numbers, *found, strict=False):
+            tokens[i, agreed[i] : length] = row[: length - agreed[i]]
+            written[i], edits[i], censored[i] = length, row_edits, given_up
     return Completions(tokens, written, edits / np.maximum(lengths, 1).astype(np.float32), censored)
 
 
 def _batches(
-    drafted: Sequence[Sequence[int]],
-    lengths: np.ndarray,
-    agreed: np.ndarray,
-    size: int,
-    shards: int,
-    buckets: Sequence[int],
+    drafted: Sequence[Sequence[int]], left: np.ndarray, size: int, mesh: Mesh, buckets: Sequence[int]
 ) -> list[tuple[int, int, list[int]]]:
-    """(width, rows, row numbers) of each batch; rows that have about as many tokens to go run together."""
-    waiting = [int(i) for i in np.argsort(agreed - lengths, kind="stable") if agreed[i] < lengths[i]]
+    """(width, rows, row numbers) of each batch; rows that have about as many tokens left (n,) run together."""
+    waiting = [int(i) for i in np.argsort(-left, kind="stable") if left[i]]
     if not waiting:
         return []
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(size, len(waiting)) // shards) * shards
-    groups: dict[int, list[int]] = {
-        width: [] for width in bucket_widths(buckets, max(len(drafted[i]) for i in waiting))
-    }
+    widths = bucket_widths(buckets, max(len(drafted[i]) for i in waiting))
+    groups: dict[int, list[int]] = {width: [] for width in widths}
     for number in waiting:
-        groups[narrowest(list(groups), len(drafted[number]))].append(number)
+        groups[narrowest(widths, len(drafted[number]))].append(number)
     return [
         (width, size, numbers[start : start + size])
         for width, numbers in groups.items()
@@ -166,11 +161,11 @@ def _continue(
     places = jnp.arange(batch["targets"].shape[1] + 1, dtype=jnp.int32)
     watch = NearTarget(
         targets=batch["targets"],
-        lengths=batch["wanted"],
+        lengths=batch["target_lengths"],
         written=batch["agreed"],
         row=jnp.abs(places - batch["agreed"][:, None]),
         limit=batch["limit"],
-        needed=batch["needed"],
+        whole=batch["whole"],
     )
     rollout = generate(
         spec.config,

@@ -15,6 +15,7 @@ from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec, Weights, merged_base
 from rlhf_jax.rollout.generate import generate
+from rlhf_jax.rollout.reading import Reading, read_answers
 from rlhf_jax.rollout.sampling import Sampling
 
 
@@ -38,7 +39,8 @@ def narrowest(widths: Sequence[int], length: int) -> int:
     return next(width for width in widths if width >= length)
 
 
-def _take(rows: dict[str, np.ndarray], mine: np.ndarray) -> dict[str, np.ndarray]:
+def take_rows(rows: dict[str, np.ndarray], mine: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows that a process places, of columns (n, ...)."""
     return {name: field[mine] for name, field in rows.items()}
 
 
@@ -85,7 +87,7 @@ def answer_all(
     for width, numbers in tqdm(batches, desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout):
         rows = pad_prompts([prompts[i] for i in numbers], width, size)
         rows["row_ids"] = np.concatenate([row_ids[numbers], np.zeros(size - len(numbers), np.int32)])
-        batch = place_batch(size, partial(_take, rows), mesh)
+        batch = place_batch(size, partial(take_rows, rows), mesh)
         rollout = generate(
             spec.config,
             base,
@@ -98,3 +100,40 @@ def answer_all(
         fields = fetch((rollout.tokens, rollout.lengths, rollout.ended))
         tokens[numbers], lengths[numbers], ended[numbers] = (x[: len(numbers)] for x in fields)
     return tokens, lengths, ended
+
+
+def read_all(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    scheme: Sampling,
+    batch_size: int,
+    mesh: Mesh,
+    name: str,
+) -> Reading:
+    """Reads given answers behind their prompts (`reading.read_answers`), batch by batch at one shape.
+
+    Args:
+      prompts, answers: token ids, n of each.
+      scheme, batch_size, mesh, name: as for `read_answers` and `answer_all`.
+
+    Returns:
+      A `Reading` of (n, N) arrays, N being the longest answer, on the host of every process.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-min(batch_size, len(prompts)) // shards) * shards
+    widths = [max(len(ids) for ids in rows) for rows in (prompts, answers)]
+    parts = []
+    starts = range(0, len(prompts), size)
+    for start in tqdm(starts, desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout):
+        asked, given = (
+            pad_prompts(rows[start : start + size], width, size)
+            for rows, width in zip((prompts, answers), widths, strict=True)
+        )
+        rows = {**asked, "answers": given["prompts"], "answer_lengths": given["lengths"]}
+        batch = place_batch(size, partial(take_rows, rows), mesh)
+        fields = (batch[key] for key in ("prompts", "lengths", "answers", "answer_lengths"))
+        parts.append(fetch(read_answers(spec, weights, *fields, scheme)))
+    return jax.tree.map(lambda *columns: np.concatenate(columns)[: len(prompts)], *parts)

@@ -119,14 +119,12 @@ def test_without_a_limit_every_completion_is_decoded_to_its_end(weights, mesh, s
     np.testing.assert_allclose(found.distance, secrets[3], rtol=1e-6)
 
 
-def test_a_row_is_decoded_on_while_what_is_asked_of_it_may_follow(weights, mesh, secrets):
-    """All rows may still hold what four tokens say: those that are given up have no room for it left."""
-    needed = np.full(len(secrets[0]), 4)
-    found, _ = completed(weights, mesh, secrets, needed=needed)
-    left = np.asarray([len(target) for target in secrets[1]]) - found.lengths
-    assert found.censored.any() and left[found.censored].max() < 4
-    before, _ = completed(weights, mesh, secrets)
-    assert before.censored.sum() > found.censored.sum()
+def test_rows_of_which_more_is_asked_are_decoded_to_the_end(weights, mesh, secrets):
+    every_third = np.arange(len(secrets[0])) % 3 == 0
+    found, _ = completed(weights, mesh, secrets, whole=every_third)
+    texts = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
+    assert [t for t, w in zip(texts, every_third, strict=True) if w] == secrets[2][::3]
+    assert found.censored[~every_third].any() and not found.censored[every_third].any()
 
 
 def test_what_a_row_can_still_become_is_never_more_than_it_becomes():
@@ -141,7 +139,7 @@ def test_what_a_row_can_still_become_is_never_more_than_it_becomes():
             written=np.array([0], np.int32),
             row=np.arange(n + 1, dtype=np.int32)[None],
             limit=np.array([n], np.int32),
-            needed=np.array([0], np.int32),
+            whole=np.array([False]),
         )
         for i in range(n):
             ends = [levenshtein(text[:stop], target) for stop in range(i, n + 1)]
