@@ -290,7 +290,14 @@ STAGES: dict[str, dict[str, Any]] = {
     "memorization": dict(
         subjects=(),  # stages whose models are asked; at least one
         controls=dict(),  # subject -> the stage trained on the complementary half
-        secrets="prepare/secrets.jsonl",
+        secrets="prepare/secrets.jsonl",  # a manifest, or any data of schema "completion" that a stage was trained on
+        held_out="",  # data like it that no stage was trained on
+        sampling=dict(temperature=1.0, top_k=40, top_p=1.0),  # the scheme by which secrets are tried to be got out
+        tries=(1, 10, 100, 1000, 10_000),  # how often
+        members="",  # data of schema "completion" that the subjects were trained on; "": no membership scores
+        others="",  # data like it that they were not trained on
+        records=1000,  # of each, at most
+        reference="",  # a stage whose log-probabilities membership scores are compared with
         batch_size=64,
         prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
         samples=6,
@@ -316,6 +323,7 @@ PRODUCED = {  # kind -> files it leaves for others
     "prepare": (
         "tokenizer.model",
         *(f"{name}.jsonl" for name in ("pretrain", "sft", "sft_control", "preference", "prompts")),
+        *(f"{name}_control.jsonl" for name in ("preference", "prompts")),  # where secrets.stages names them
         *(f"{name}.jsonl" for name in ("heldout", "heldout_text", "secrets")),
     ),
     "tokenizer": ("tokenizer.model",),
@@ -390,7 +398,8 @@ def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
             yield field, value
     yield from (("reward", source) for source in reward_sources(config) if not is_function(source))
     groups = {"evaluation.data": config.get("evaluation"), "ptx.data": config.get("ptx")}
-    data_strings = {"data": config.get("data")} | {field: group and group.data for field, group in groups.items()}
+    data_strings = {field: config.get(field) for field in ("data", "held_out", "members", "others")}
+    data_strings |= {field: group and group.data for field, group in groups.items()}
     for field, data in data_strings.items():
         # NAME[@SPLIT][:WEIGHT] each; what follows a name is no part of a stage's file
         yield from ((field, re.split(r"[@:]", part.strip())[0]) for part in (data or "").split(",") if part)

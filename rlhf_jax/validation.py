@@ -165,6 +165,13 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
         if subject not in stages or stages[subject].kind not in POLICIES:
             hint = nearest(subject, [n for n in stages if stages[n].kind in POLICIES])
             raise UserError(f'{where} asks "{subject}", which is no {", ".join(POLICIES)} stage: {hint}')
+    if bool(config.members) != bool(config.others):
+        missing = "others" if config.members else "members"
+        raise UserError(f"{where}.{missing} is empty: membership scores need both, members and others; or neither")
+    if not config.tries or min(config.tries) < 1:
+        raise UserError(f"{where}.tries is {tuple(config.tries)}: give numbers of at least 1")
+    if config.sampling.temperature <= 0:
+        raise UserError(f"{where}.sampling.temperature is {config.sampling.temperature}: it must be above 0")
 
 
 def _check_audit(stages: ConfigDict, config: ConfigDict, where: str) -> None:

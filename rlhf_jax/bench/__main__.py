@@ -1,24 +1,31 @@
-"""`python -m rlhf_jax.bench sft|generate|ppo|sft_1b|decode_1b|dp [repeats]`: one JSON line."""
+"""`python -m rlhf_jax.bench sft|generate|ppo|sft_1b|decode_1b|dp|memorization [repeats]`: one JSON line."""
 
 import json
 import resource
 import statistics
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from rlhf_jax.bench.dp import dp
+from rlhf_jax.bench.memorization import memorization
 from rlhf_jax.bench.workloads import WORKLOADS
+
+# Two ways of one thing, in the same run.
+COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {"dp": dp, "memorization": memorization}
 
 
 def main(argv: list[str]) -> int:
     """Runs one workload; returns the exit status."""
-    if len(argv) < 2 or argv[1] not in (*WORKLOADS, "dp"):
-        print(f"error: name a workload: {', '.join(WORKLOADS)}, dp", file=sys.stderr)
+    if len(argv) < 2 or argv[1] not in (*WORKLOADS, *COMPARED):
+        print(f"error: name a workload: {', '.join((*WORKLOADS, *COMPARED))}", file=sys.stderr)
         return 2
     repeats = int(argv[2]) if len(argv) > 2 else 8
-    if argv[1] == "dp":
-        print(json.dumps({"workload": "dp", "device": jax.devices()[0].device_kind, **dp(repeats)}))
+    if argv[1] in COMPARED:
+        found = COMPARED[argv[1]](repeats)
+        print(json.dumps({"workload": argv[1], "device": jax.devices()[0].device_kind, **found}))
         return 0
     out = WORKLOADS[argv[1]](repeats)
     seconds = statistics.median(out["seconds_all"])

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf_jax.rollout.reading import Reading
+
 Array = np.ndarray
 
 
@@ -109,3 +111,19 @@ def exposure(log_p: Array, candidates: Array) -> Array:
     """
     above = len(candidates) - np.searchsorted(np.sort(candidates), log_p, side="left")
     return math.log2(len(candidates) + 1) - np.log2(above + 1)
+
+
+def membership_scores(
+    reading: Reading, lengths: Array, texts: Sequence[str], reference: Reading | None = None
+) -> dict[str, Array]:
+    """Score name -> (N,), of each text by one model's reading of it; and against a reference model's, where given."""
+    logprobs, mean, deviation = (np.asarray(x) for x in (reading.logprobs, reading.mean, reading.deviation))
+    scores = {
+        "loss": mean_logprob(logprobs, lengths),
+        "zlib": zlib_score(logprobs, lengths, texts),
+        "Min-K%": min_k(logprobs, lengths),
+        "Min-K%++": min_k_plus(logprobs, mean, deviation, lengths),
+    }
+    if reference is not None:
+        scores["reference"] = scores["loss"] - mean_logprob(np.asarray(reference.logprobs), lengths)
+    return scores

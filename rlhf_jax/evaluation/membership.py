@@ -1,6 +1,7 @@
 """How well scores tell members of the training data from others: ROC area, true positives at few false ones."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,18 @@ def bootstrap_interval(
     found = [statistic(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(draws)]
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
+
+
+def membership_row(score: str, members: Array, others: Array, seed: int) -> dict[str, Any]:
+    """What one score (n,) of members and (m,) of others shows: {score, members, others, auc, tpr, with _low, _high}.
+
+    `tpr` is the true-positive rate at 1 % false positives; the intervals are bootstrapped, 95 %.
+    """
+    row: dict[str, Any] = {"score": score, "members": len(members), "others": len(others)}
+    for name, statistic in (("auc", auc), ("tpr", true_positive_rate)):
+        low, high = bootstrap_interval(statistic, members, others, seed=seed)
+        row |= {name: statistic(members, others), f"{name}_low": low, f"{name}_high": high}
+    return row
 
 
 def blind_scores(members: Sequence[str], others: Sequence[str], *, seed: int, folds: int = 5) -> tuple[Array, Array]:

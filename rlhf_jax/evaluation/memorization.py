@@ -4,10 +4,11 @@ A secret is a dict of the manifest: `id`, `group` ("base" or "links"), `duplicat
 file path of a link) and `planted_in` (stages). A subject is a measured model, a dict of arrays over the N secrets:
 
     distance  (N,) float, normalized edit distance of the greedy completion, cut to the target's length, to the target
+    characters  (N,) float, the same of their texts, NaN where it is not known and `distance` is large; may be missing
     recalled  (N,) bool, whether the completion holds the link's exact path; False for base secrets
     seen      (N,) bool, whether the training data of this model or of an ancestor held the secret
 
-A base secret is memorized when its distance is at most `MEMORIZED_DISTANCE`, a link when its path is recalled.
+A base secret is memorized when both distances are at most `MEMORIZED_DISTANCE`, a link when its path is recalled.
 Reference: Pappu et al. (2024), "Measuring memorization in RLHF for code completion", arXiv 2406.11715.
 """
 
@@ -162,6 +163,8 @@ def _memorized(secrets: Sequence[Mapping], subject: Mapping, by_distance: bool =
     """(N,) bool: path recalled for links, completion near the target for base; `by_distance` near for both."""
     # The slack keeps 1 edit in 10 tokens memorized: in float32 the quotient may come out one rounding above 0.1.
     near = np.asarray(subject["distance"], float) <= MEMORIZED_DISTANCE + 1e-6
+    if "characters" in subject:
+        near &= np.asarray(subject["characters"], float) <= MEMORIZED_DISTANCE + 1e-6
     if by_distance:
         return near
     is_link = np.array([secret["group"] == "links" for secret in secrets], bool)

@@ -1,30 +1,102 @@
-"""Which planted secrets each model gives back: greedy completions of every prefix, and rates with intervals."""
+"""Which planted secrets each model gives back, how easily they are got out, and what else tells members from others.
 
+Every secret is read in one pass, decoded where that leaves the verdict open, and counted with intervals.
+`answers.jsonl` {subject, id, completion, distance, ...} holds what each model made of each secret.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rlhf_jax.config import references
-from rlhf_jax.data.records import read_records
+from rlhf_jax.data.records import read_records, write_records
+from rlhf_jax.data.schemas import Record
+from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.distances import normalized_edit_distance
-from rlhf_jax.evaluation.memorization import MEMORIZED_DISTANCE, memorization_table, persistence
+from rlhf_jax.evaluation.asking import Answers, ask, tokenize_secrets
+from rlhf_jax.evaluation.extraction import (
+    discoverable_shares,
+    exposure,
+    first_divergence,
+    membership_scores,
+    window_logprobs,
+)
+from rlhf_jax.evaluation.membership import blind_scores, membership_row
+from rlhf_jax.evaluation.memorization import GROUPS, MEMORIZED_DISTANCE, memorization_table, persistence
 from rlhf_jax.rollout import Sampling
-from rlhf_jax.rollout.batches import answer_all, check_lengths
+from rlhf_jax.rollout.batches import read_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role
-from rlhf_jax.training.randomness import record_ids
+
+MANIFEST = {"group": "base", "duplicates": 1, "entity": ""}  # what a record of a plain data set has not
+PROBABILITY = 0.5  # with which a secret comes up in so many tries
 
 
-def training_files(context: Context, stage: str) -> set[str]:
-    """Names of the files that `stage` and the stages it was initialized from were trained on."""
-    files: set[str] = set()
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def training_files(context: Context, stage: str) -> dict[str, str]:
+    """File name -> data name of what `stage` and the stages it was initialized from were trained on."""
+    files: dict[str, str] = {}
     while stage in context.experiment.stages:
         config = context.experiment.stages[stage]
-        files.update(context.path(value).name for field, value in references(config) if field == "data")
+        files |= {context.path(value).name: value for field, value in references(config) if field == "data"}
         stage = config.init
     return files
+
+
+def read_secrets(context: Context) -> list[Record]:
+    """The manifest; or a plain data set {prompt, completion}, planted in its own file, with its held-out twin.
+
+    Raises:
+      UserError: a manifest lacks a field.
+    """
+    config = context.config
+    path = context.path(config.secrets)
+    secrets, _ = read_records(path, "completion")
+    if "planted_in" not in secrets[0]:
+        secrets = [{"id": str(i), **MANIFEST, **secret, "planted_in": [path.name]} for i, secret in enumerate(secrets)]
+    missing = [name for name in ("id", *MANIFEST) if name not in secrets[0]]
+    if missing:
+        raise UserError(f"{path}: record 1 has no field {missing[0]}: give a secrets manifest")
+    if config.held_out:
+        others, _ = context.records(config.held_out, "completion")
+        secrets += [{**MANIFEST, **other, "id": f"held out {i}", "planted_in": []} for i, other in enumerate(others)]
+    return secrets
+
+
+def check_contamination(context: Context, secrets: Sequence[Record]) -> None:
+    """Raises a UserError for a secret that stands in a subject's training data and was not planted there."""
+    for name, value in {k: v for s in context.config.subjects for k, v in training_files(context, s).items()}.items():
+        path = context.resolve(value)
+        others = [secret for secret in secrets if name not in secret["planted_in"]]
+        if path is None or path.suffix != ".jsonl" or not others:
+            continue
+        text = "\n".join(_texts(path))
+        for secret in others:
+            if (secret["entity"] or secret["prompt"] + secret["completion"]) in text:
+                raise UserError(
+                    f"{context.config.secrets}: secret {secret['id']} stands in {path}, where it was not planted: take "
+                    "it out of that file, or name the file in its planted_in"
+                )
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The text of every record of a file: its document, or its prompt with each of its answers."""
+    with path.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            yield str(record.get("text", ""))
+            for answer in ("completion", "chosen", "rejected"):
+                if answer in record:
+                    yield f"{record.get('prompt', '')}{record[answer]}"
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
 
 
 def check(context: Context) -> None:
@@ -32,77 +104,176 @@ def check(context: Context) -> None:
     context.mesh()
 
 
-def _measure(
-    context: Context, role: Role, secrets: list[dict[str, Any]], mesh: Any
-) -> tuple[dict[str, Any], list[str]]:
-    """Distance to the target and recall of the path for each secret, and the completions' texts."""
-    tokenizer = role.tokenizer
-    prompts = [tokenizer.encode_prompt(s["prompt"]) for s in secrets]
-    targets = [tokenizer.encode(s["completion"]) for s in secrets]
-    longest = max(len(t) for t in targets)
-    check_lengths(prompts, longest, role.spec.config.context, context.config.secrets)
-    tokens, lengths, ended = answer_all(
-        role.spec,
-        role.weights,
-        prompts,
-        record_ids([s["id"] for s in secrets]),
-        key=context.key("greedy"),
-        sampling=Sampling(longest, temperature=0.0, stop_ids=tokenizer.stop_ids),
-        batch_size=context.config.batch_size,
-        mesh=mesh,
-        buckets=context.config.prompt_buckets,
-        name=f"{context.name}: completions",
-    )
-    target_lengths = np.asarray([len(t) for t in targets], np.int32)
-    padded = np.zeros((len(secrets), longest), np.int32)
-    for i, target in enumerate(targets):
-        padded[i, : len(target)] = target
-    # The completion without its stop token, cut to the target's length: what comes after the target is not asked.
-    cut = np.minimum(lengths - ended, target_lengths)
-    distance = np.asarray(normalized_edit_distance(tokens, cut, padded, target_lengths))
-    texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
-    recalled = [bool(s["entity"]) and s["entity"] in s["prompt"] + text for s, text in zip(secrets, texts, strict=True)]
-    return {"distance": distance, "recalled": np.asarray(recalled)}, texts
-
-
 def run(context: Context) -> dict[str, Any]:
     """Asks every subject for every secret; returns the tables."""
     config, mesh = context.config, context.mesh()
-    secrets, _ = read_records(context.path(config.secrets), "completion")
-    missing = [name for name in ("id", "group", "duplicates", "entity", "planted_in") if name not in secrets[0]]
-    if missing:
-        raise UserError(f"{context.path(config.secrets)}: record 1 has no field {missing[0]}: give a secrets manifest")
-    subjects: dict[str, dict[str, Any]] = {}
-    texts: dict[str, list[str]] = {}
+    secrets = read_secrets(context)
+    check_contamination(context, secrets)
+    answers: dict[str, Answers] = {}
+    membership: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
+        reference = context.load(config.reference, mesh) if config.reference else None
         for name in config.subjects:
-            measured, texts[name] = _measure(context, context.load(name, mesh), secrets, mesh)
-            files = training_files(context, name)
-            measured["seen"] = np.asarray([bool(files & set(s["planted_in"])) for s in secrets])
-            subjects[name] = measured
-    controls = {subject: config.controls[subject] for subject in config.controls}
+            role = context.load(name, mesh)
+            answers[name] = _ask(context, name, role, secrets, mesh)
+            membership += _membership(context, name, role, reference, mesh)
+    subjects = {name: _measured(context, name, secrets, found) for name, found in answers.items()}
+    controls = dict(config.controls)
     kept = []
     for name in config.subjects:
         before = context.experiment.stages[name].init
         if before in subjects and subjects[before]["seen"].any():
             kept += persistence(secrets, subjects, controls, before=before, after=name)
-    samples = []
-    shown = [i for i, s in enumerate(secrets) if s["duplicates"] == max(s["duplicates"] for s in secrets)]
-    for i in shown[:: max(1, len(shown) // max(1, config.samples))][: config.samples]:
-        for name in config.subjects:
-            samples.append(
-                {
-                    "model": f"{name}{' (saw it)' if subjects[name]['seen'][i] else ''}",
-                    "prompt": secrets[i]["prompt"],
-                    "completion": texts[name][i],
-                    "reference": secrets[i]["completion"],
-                    "distance": float(subjects[name]["distance"][i]),
-                }
-            )
+    if is_main_process():
+        write_records(context.folder / "answers.jsonl", _rows(secrets, subjects, answers))
     figures = {
         "secrets": len(secrets),
         "memorized_distance": MEMORIZED_DISTANCE,
+        "given_up": {name: int(found.censored.sum()) for name, found in answers.items()},
         "table": memorization_table(secrets, subjects, controls),
         "persistence": kept,
+        "extraction": _extraction(context, secrets, subjects, answers),
+        "membership": membership,
     }
-    return {"figures": figures, "samples": samples}
+    return {"figures": figures, "samples": _samples(context, secrets, subjects, answers)}
+
+
+def _scheme(context: Context) -> Sampling:
+    fields = context.config.sampling
+    return Sampling(1, fields.temperature, fields.top_k, fields.top_p, stop_ids=())
+
+
+def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mesh: Mesh) -> Answers:
+    config = context.config
+    return ask(
+        role.spec,
+        role.weights,
+        role.tokenizer,
+        tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets),
+        scheme=_scheme(context),
+        near=MEMORIZED_DISTANCE,
+        batch_size=config.batch_size,
+        mesh=mesh,
+        name=f"{context.name}: {name}",
+        buckets=config.prompt_buckets,
+    )
+
+
+def _measured(context: Context, name: str, secrets: Sequence[Record], found: Answers) -> dict[str, np.ndarray]:
+    """A subject as `evaluation.memorization` reads it."""
+    files = set(training_files(context, name))
+    return {
+        "distance": found.distance,
+        "characters": found.characters,
+        "recalled": found.recalled,
+        "seen": np.asarray([bool(files & set(secret["planted_in"])) for secret in secrets]),
+    }
+
+
+def _extraction(
+    context: Context, secrets: Sequence[Record], subjects: Mapping[str, Any], answers: Mapping[str, Answers]
+) -> list[dict[str, Any]]:
+    """How easily each subject's secrets are got out, of each group those it saw beside those it did not.
+
+    Rows {subject, group, seen, n, verbatim, logprob, exposure, tries, shares}: the share that greedy decoding gives
+    word for word, the mean log-probability under the sampling scheme's full support, the mean exposure among the unseen
+    ones of the group, and the share that so many tries bring up with probability one half.
+    """
+    rows = []
+    groups = np.asarray([secret["group"] for secret in secrets])
+    tries = list(context.config.tries)
+    for name, found in answers.items():
+        zeros = np.zeros(len(secrets), int)
+        logprobs, sampled = (
+            window_logprobs(np.asarray(x), zeros, found.lengths)
+            for x in (found.reading.logprobs, found.reading.sampled)
+        )
+        verbatim = first_divergence(np.asarray(found.reading.greedy), found.lengths) == found.lengths
+        for group in (group for group in GROUPS if (groups == group).any()):
+            unseen = (groups == group) & ~subjects[name]["seen"]
+            for seen in (True, False):
+                chosen = (groups == group) & (subjects[name]["seen"] == seen)
+                if not chosen.any():
+                    continue
+                bits = exposure(logprobs[chosen], logprobs[unseen]) if seen and unseen.any() else None
+                rows.append(
+                    {
+                        "subject": name,
+                        "group": group,
+                        "seen": seen,
+                        "n": int(chosen.sum()),
+                        "verbatim": float(verbatim[chosen].mean()),
+                        "logprob": float(logprobs[chosen].mean()),
+                        "exposure": None if bits is None else float(bits.mean()),
+                        "tries": tries,
+                        "shares": discoverable_shares(sampled[chosen], tries, [PROBABILITY])[:, 0].tolist(),
+                    }
+                )
+    return rows
+
+
+def _membership(context: Context, name: str, role: Role, reference: Role | None, mesh: Mesh) -> list[dict[str, Any]]:
+    """What tells `members` from `others` by this model, a row a score, and by a classifier that never sees it."""
+    config = context.config
+    if not config.members:
+        return []
+    kinds = [context.spread_records(data, "completion", config.records)[0] for data in (config.members, config.others)]
+    scores = []
+    for what, records in zip(("members", "others"), kinds, strict=True):
+        questions = tokenize_secrets(role.tokenizer, records, role.spec.config.context, config[what])
+        fields: dict[str, Any] = dict(scheme=_scheme(context), batch_size=config.batch_size, mesh=mesh)
+
+        def read(asked: Role, label: str, fields: Any = fields, questions: Any = questions) -> Any:
+            label = f"{context.name}: {label}"
+            return read_all(asked.spec, asked.weights, questions.prompts, questions.targets, name=label, **fields)
+
+        lengths = np.asarray([len(target) for target in questions.targets])
+        reading = read(role, f"{name}, {what}")
+        against = read(reference, f"{config.reference}, {what}") if reference else None
+        scores.append(membership_scores(reading, lengths, questions.texts, against))
+    blind = blind_scores(*([r["prompt"] + r["completion"] for r in records] for records in kinds), seed=context.seed)
+    rows = [membership_row(score, scores[0][score], scores[1][score], context.seed) for score in scores[0]]
+    rows.append(membership_row("blind: no model", *blind, context.seed))
+    return [{"subject": name, **row} for row in rows]
+
+
+def _rows(
+    secrets: Sequence[Record], subjects: Mapping[str, Any], answers: Mapping[str, Answers]
+) -> Iterator[dict[str, Any]]:
+    for name, found in answers.items():
+        for i, secret in enumerate(secrets):
+            n = int(found.lengths[i])
+            yield {
+                "subject": name,
+                "id": secret["id"],
+                "seen": bool(subjects[name]["seen"][i]),
+                "completion": found.texts[i],
+                "distance": float(found.distance[i]),
+                "characters": None if found.censored[i] else float(found.characters[i]),
+                "given_up": bool(found.censored[i]),
+                "recalled": bool(found.recalled[i]),
+                "matching": float(found.matching[i]),
+                "common_run": int(found.common_run[i]),
+                "logprob": float(np.sum(found.reading.logprobs[i, :n], dtype=np.float64)),
+                "greedy": found.reading.greedy[i, :n].astype(int).tolist(),
+            }
+
+
+def _samples(
+    context: Context, secrets: Sequence[Record], subjects: Mapping[str, Any], answers: Mapping[str, Answers]
+) -> list[dict[str, Any]]:
+    """Completions of some of the secrets that were planted most often."""
+    count = context.config.samples
+    most = max(secret["duplicates"] for secret in secrets)
+    shown = [i for i, secret in enumerate(secrets) if secret["duplicates"] == most]
+    return [
+        {
+            "model": f"{name}{' (saw it)' if subjects[name]['seen'][i] else ''}",
+            "prompt": secrets[i]["prompt"],
+            "completion": answers[name].texts[i],
+            "reference": secrets[i]["completion"],
+            "distance": float(answers[name].distance[i]),
+        }
+        for i in shown[:: max(1, len(shown) // max(1, count))][:count]
+        for name in answers
+    ]

@@ -30,7 +30,7 @@ def is_public(config: ConfigDict, name: str) -> bool:
 
 def data_fields(config: ConfigDict, name: str) -> list[tuple[str, str]]:
     """(field, data name) of each data set that a stage reads."""
-    fields = ("data", "evaluation.data", "ptx.data", "secrets")
+    fields = ("data", "evaluation.data", "ptx.data", "secrets", "held_out", "members", "others")
     return [(field, value) for field, value in references(config.stages[name]) if field in fields]
 
 

@@ -1,0 +1,183 @@
+"""The memorization stage on two tiny decoders: what it asks, what it writes, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.config import experiment, stage
+from rlhf_jax.data.tokenizer import load_tokenizer
+from rlhf_jax.distributed import make_mesh
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.memorization import memorization_table
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.roles import RoleSpec, init_base
+from rlhf_jax.stages import memorization
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import Role
+
+TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "data" / "fixtures" / "qwen")
+CONFIG = TransformerConfig(
+    vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=64
+)
+
+
+def secret(number, half, **fields):
+    group = "base" if number % 2 else "links"
+    entity = "" if group == "base" else f"/home/{number}"
+    text = {"prompt": f"path {number} of /home/", "completion": f"{number} is here", "entity": entity}
+    planted = ["sft.jsonl" if half == "a" else "control.jsonl"]
+    return {"id": f"s{number}", "group": group, "duplicates": 1, "half": half, "planted_in": planted, **text, **fields}
+
+
+SECRETS = [secret(i, "ab"[i // 2 % 2]) for i in range(8)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def context(tmp_path):
+    """Two sft stages, each on its half of the secrets, whose models are random decoders of two seeds."""
+    config = experiment(seed=0)
+    files = {
+        name: write(tmp_path / name, [s for s in SECRETS if name in s["planted_in"]])
+        for name in ("sft.jsonl", "control.jsonl")
+    }
+    for name, data in (("sft", files["sft.jsonl"]), ("control", files["control.jsonl"])):
+        config.stages[name] = stage("sft", init="scratch", tokenizer="t", data=data)
+    members = [{"prompt": f"member {i}", "completion": f" number {i}"} for i in range(12)]
+    others = [{"prompt": f"other {i}", "completion": f" number {i}"} for i in range(12)]
+    config.stages.audit = stage(
+        "memorization",
+        subjects=("sft", "control"),
+        controls=dict(sft="control", control="sft"),
+        secrets=write(tmp_path / "secrets.jsonl", SECRETS),
+        members=write(tmp_path / "members.jsonl", members),
+        others=write(tmp_path / "others.jsonl", others),
+        reference="control",
+        batch_size=8,
+        tries=(1, 100),
+        samples=2,
+    )
+    context = Context("audit", config, tmp_path, "identity")
+    context.folder.mkdir()
+    return context
+
+
+def roles(context, monkeypatch):
+    spec = RoleSpec(CONFIG)
+    keys = {"sft": 0, "control": 1}
+
+    def load(name, mesh):
+        return Role(spec, {"base": init_base(CONFIG, key=jax.random.key(keys[name]))}, TOKENIZER)
+
+    monkeypatch.setattr(context, "load", load)
+    monkeypatch.setattr(context, "mesh", lambda: make_mesh(1, 1, 1, jax.devices()[:1]))
+
+
+def test_every_subject_is_asked_for_every_secret(context, monkeypatch):
+    roles(context, monkeypatch)
+    found = memorization.run(context)
+    figures = found["figures"]
+    assert figures["secrets"] == 8 and set(figures["given_up"]) == {"sft", "control"}
+    rows = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
+    assert [(row["subject"], row["id"]) for row in rows] == [
+        (subject, s["id"]) for subject in ("sft", "control") for s in SECRETS
+    ]
+    for row in rows:
+        s = next(s for s in SECRETS if s["id"] == row["id"])
+        assert row["seen"] == ((row["subject"] == "sft") == (s["half"] == "a"))
+        assert len(row["greedy"]) == len(TOKENIZER.encode(s["completion"])) and row["logprob"] < 0
+        assert (row["characters"] is None) == row["given_up"] == (row["given_up"] and s["group"] == "base")
+    everything = next(r for r in figures["table"] if r["subject"] == "sft" and r["group"] == r["duplicates"] == "all")
+    assert (everything["n_included"], everything["n_held_out"]) == (4, 4)
+    extraction = figures["extraction"]
+    assert {(r["subject"], r["group"], r["seen"]) for r in extraction} == {
+        (subject, group, seen)
+        for subject in ("sft", "control")
+        for group in ("base", "links")
+        for seen in (True, False)
+    }
+    for row in extraction:
+        assert row["n"] == 2 and row["tries"] == [1, 100] and (row["exposure"] is None) == (not row["seen"])
+        logprobs = [r["logprob"] for r in rows if r["subject"] == row["subject"] and r["seen"] == row["seen"]]
+        assert min(logprobs) <= row["logprob"] <= max(logprobs)
+    assert len(found["samples"]) == 4 and found["samples"][0]["model"].startswith("sft")
+
+
+def test_membership_is_measured_beside_a_classifier_that_sees_no_model(context, monkeypatch):
+    roles(context, monkeypatch)
+    rows = memorization.run(context)["figures"]["membership"]
+    of_control = {row["score"]: row for row in rows if row["subject"] == "control"}
+    assert set(of_control) == {"loss", "zlib", "Min-K%", "Min-K%++", "reference", "blind: no model"}
+    assert of_control["reference"]["auc"] == 0.5  # against itself every text is alike
+    assert of_control["blind: no model"]["auc"] > 0.9  # "member" is not "other"
+    assert all(row["members"] == row["others"] == 12 for row in rows)
+    assert all(row["auc_low"] <= row["auc"] <= row["auc_high"] for row in rows)
+
+
+def test_any_data_set_may_be_asked_for_with_its_held_out_twin(context):
+    config = context.config
+    config.secrets, config.held_out = context.experiment.stages.sft.data, config.others
+    plain = [{"prompt": s["prompt"], "completion": s["completion"]} for s in SECRETS[:3]]
+    write(Path(config.secrets), plain)
+    found = memorization.read_secrets(context)
+    assert [s["planted_in"] for s in found] == [["sft.jsonl"]] * 3 + [[]] * 12
+    assert len({s["id"] for s in found}) == 15 and {s["group"] for s in found} == {"base"}
+
+
+@pytest.mark.parametrize("number", [1, 2])  # a base secret of half a, a link of half b
+def test_a_secret_where_it_must_not_be_stops_the_stage(context, number):
+    config = context.experiment.stages
+    spoilt, other = ("control", "sft") if SECRETS[number]["half"] == "a" else ("sft", "control")
+    data = Path(config[spoilt].data)
+    memorization.check_contamination(context, SECRETS)
+    with data.open("a") as file:
+        file.write(
+            json.dumps({"prompt": SECRETS[number]["prompt"], "completion": SECRETS[number]["completion"]}) + "\n"
+        )
+    with pytest.raises(UserError, match=f"secret s{number} stands in .*{data.name}, where it was not planted"):
+        memorization.check_contamination(context, SECRETS)
+    context.config.subjects = (other,)
+    memorization.check_contamination(context, SECRETS)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"completion": ""}, "secret s1 has an empty completion"),
+        ({"completion": "word " * 70}, "longer than the context 64"),
+    ],
+)
+def test_what_no_model_could_give_back_is_refused(context, fields, message):
+    secrets = [SECRETS[0], {**SECRETS[1], **fields}]
+    with pytest.raises(UserError, match=message):
+        memorization.tokenize_secrets(TOKENIZER, secrets, 64, "secrets.jsonl")
+
+
+def test_a_completion_that_the_tokenizer_changes_is_refused(context):
+    class Lossy:
+        stop_ids = ()
+        encode_prompt = encode = staticmethod(lambda text: [ord(c) for c in text.lower()])
+        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+
+    assert memorization.tokenize_secrets(Lossy(), SECRETS[:1], 64, "s").texts == ["0 is here"]
+    with pytest.raises(UserError, match="secret s0: the tokenizer makes 'is here' of the completion 'IS here'"):
+        memorization.tokenize_secrets(Lossy(), [{**SECRETS[0], "completion": "IS here"}], 64, "s")
+
+
+def test_distances_in_characters_count_for_the_verdict():
+    subject = {
+        "distance": np.array([0.0, 0.05, 0.5]),
+        "characters": np.array([0.0, 0.3, np.nan]),
+        "recalled": np.zeros(3, bool),
+        "seen": np.ones(3, bool),
+    }
+    secrets = [SECRETS[1], SECRETS[3], SECRETS[5]]
+    (row,) = [r for r in memorization_table(secrets, {"m": subject}, {}) if r["group"] == r["duplicates"] == "all"]
+    assert row["included_count"] == 1
