@@ -76,6 +76,7 @@ EVALUATION = dict(
     metric="loss/eval",  # the model of its best evaluation is the result; "" takes the last one
     higher_is_better=False,
     samples=4,  # completions shown in the report
+    secrets="",  # a manifest, or data of schema "completion": how likely they become is followed
 )
 PRIVACY = dict(  # differential privacy of a stage's training data; batch_size is then the expected one
     epsilon=0.0,  # what the stage may spend; 0: it is not private; inf: the private step without noise
@@ -397,9 +398,12 @@ def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
         if isinstance(value, str) and value:
             yield field, value
     yield from (("reward", source) for source in reward_sources(config) if not is_function(source))
-    groups = {"evaluation.data": config.get("evaluation"), "ptx.data": config.get("ptx")}
     data_strings = {field: config.get(field) for field in ("data", "held_out", "members", "others")}
-    data_strings |= {field: group and group.data for field, group in groups.items()}
+    data_strings |= {
+        f"{group}.{field}": config[group].get(field)
+        for group, field in (("evaluation", "data"), ("evaluation", "secrets"), ("ptx", "data"))
+        if group in config
+    }
     for field, data in data_strings.items():
         # NAME[@SPLIT][:WEIGHT] each; what follows a name is no part of a stage's file
         yield from ((field, re.split(r"[@:]", part.strip())[0]) for part in (data or "").split(",") if part)

@@ -80,6 +80,9 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
     if "checkpoint" in config:
         _positive(config.checkpoint, f"{where}.checkpoint", ("every", "keep"))
         _positive(config.evaluation, f"{where}.evaluation", ("every", "records"))
+        if config.evaluation.secrets and (config.kind == "reward" or not config.evaluation.data):
+            why = "a reward model writes nothing" if config.kind == "reward" else "evaluation.data is empty"
+            raise UserError(f"{where}.evaluation.secrets is followed at every evaluation of a policy, and {why}")
     if "on_error" in config:
         _choice(config, where, "on_error", ("raise", "skip"))
     if "reward_weights" in config:

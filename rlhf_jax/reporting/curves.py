@@ -30,10 +30,17 @@ _OPTIMIZER = (
     _single("perf/mfu", "share of peak FLOP/s", "Model FLOP/s utilization."),
     _single("privacy/epsilon", "epsilon spent", "Epsilon spent so far, by privacy loss distributions."),
 )
+_SECRETS = Curve(
+    {f"secrets/{kind}": kind for kind in ("base, seen", "base, unseen", "links, seen", "links, unseen")},
+    "log-probability (nats)",
+    "Mean log-probability of the planted secrets, of those in the training data and of the others.",
+)
+_NEAR = _single("secrets/near", "answers", "Answers of a rollout within 0.1 edits a token of some secret.")
 CURVES = {
     "sft": (
         _held_out(*_LOSS, "loss (nats per token)", "Cross-entropy of the completion tokens."),
         _held_out(*_ACCURACY, "share of tokens", "Accuracy: tokens whose most likely prediction is right."),
+        _SECRETS,
         *_OPTIMIZER,
     ),
     "reward": (
@@ -69,6 +76,7 @@ CURVES = {
             "log-probability (nats per answer)",
             "Log-probability of the answers under the policy; that both fall is common.",
         ),
+        _SECRETS,
         *_OPTIMIZER,
     ),
     "ppo": (
@@ -89,6 +97,8 @@ CURVES = {
         _single("val/ratio", "probability ratio", "Mean ratio of new to sampling probability; 1 at the start."),
         _single("response_length", "tokens", "Mean length of the sampled completions."),
         _single("val/num_eos_tokens", "completions", "Completions a batch that ended by themselves."),
+        _SECRETS,
+        _NEAR,
         _single("privacy/epsilon", "epsilon spent", "Epsilon spent so far, by privacy loss distributions."),
     ),
 }

@@ -117,7 +117,7 @@ def read_all(
 
     Args:
       prompts, answers: token ids, n of each.
-      scheme, batch_size, mesh, name: as for `read_answers` and `answer_all`.
+      scheme, batch_size, mesh, name: as for `read_answers` and `answer_all`; without a name no progress is shown.
 
     Returns:
       A `Reading` of (n, N) arrays, N being the longest answer, on the host of every process.
@@ -127,7 +127,7 @@ def read_all(
     widths = [max(len(ids) for ids in rows) for rows in (prompts, answers)]
     parts = []
     starts = range(0, len(prompts), size)
-    for start in tqdm(starts, desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout):
+    for start in tqdm(starts, desc=name, disable=not name or not is_main_process(), mininterval=1.0, file=sys.stdout):
         asked, given = (
             pad_prompts(rows[start : start + size], width, size)
             for rows, width in zip((prompts, answers), widths, strict=True)

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import references
-from rlhf_jax.data.records import read_records, write_records
+from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.errors import UserError
@@ -31,43 +30,13 @@ from rlhf_jax.evaluation.memorization import GROUPS, MEMORIZED_DISTANCE, memoriz
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import read_all
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.secrets import read_secrets, training_files
 from rlhf_jax.training.artifacts import Role
 
-MANIFEST = {"group": "base", "duplicates": 1, "entity": ""}  # what a record of a plain data set has not
 PROBABILITY = 0.5  # with which a secret comes up in so many tries
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
-
-
-def training_files(context: Context, stage: str) -> dict[str, str]:
-    """File name -> data name of what `stage` and the stages it was initialized from were trained on."""
-    files: dict[str, str] = {}
-    while stage in context.experiment.stages:
-        config = context.experiment.stages[stage]
-        files |= {context.path(value).name: value for field, value in references(config) if field == "data"}
-        stage = config.init
-    return files
-
-
-def read_secrets(context: Context) -> list[Record]:
-    """The manifest; or a plain data set {prompt, completion}, planted in its own file, with its held-out twin.
-
-    Raises:
-      UserError: a manifest lacks a field.
-    """
-    config = context.config
-    path = context.path(config.secrets)
-    secrets, _ = read_records(path, "completion")
-    if "planted_in" not in secrets[0]:
-        secrets = [{"id": str(i), **MANIFEST, **secret, "planted_in": [path.name]} for i, secret in enumerate(secrets)]
-    missing = [name for name in ("id", *MANIFEST) if name not in secrets[0]]
-    if missing:
-        raise UserError(f"{path}: record 1 has no field {missing[0]}: give a secrets manifest")
-    if config.held_out:
-        others, _ = context.records(config.held_out, "completion")
-        secrets += [{**MANIFEST, **other, "id": f"held out {i}", "planted_in": []} for i, other in enumerate(others)]
-    return secrets
 
 
 def check_contamination(context: Context, secrets: Sequence[Record]) -> None:
@@ -107,7 +76,7 @@ def check(context: Context) -> None:
 def run(context: Context) -> dict[str, Any]:
     """Asks every subject for every secret; returns the tables."""
     config, mesh = context.config, context.mesh()
-    secrets = read_secrets(context)
+    secrets = read_secrets(context, config.secrets, config.held_out)
     check_contamination(context, secrets)
     answers: dict[str, Answers] = {}
     membership: list[dict[str, Any]] = []

@@ -31,6 +31,7 @@ from rlhf_jax.stages.ppo_evaluation import make_evaluation
 from rlhf_jax.stages.ppo_roles import Roles, load_roles
 from rlhf_jax.stages.private_ppo import Drawn, begin_private, make_private_iteration
 from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
+from rlhf_jax.stages.secrets import follow_secrets, make_nearness
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import describe_memory, save_role
 from rlhf_jax.training.experience import PPOConfig, init_controllers, make_experience
@@ -132,6 +133,9 @@ def run(context: Context) -> dict[str, Any]:
             held_out = Prompts(context, roles.policy.tokenizer, spec.config.context, *data)
             size = private.rollout_rows if private else config.batch_size
             evaluate = make_evaluation(context, held_out, roles, sample, size, mesh)
+            evaluate = follow_secrets(
+                context, roles.policy, lambda params: roles.acting(params)["policy"], evaluate, mesh
+            )
 
         # --- loop ------------------------------------------------------------------------------------------------
         tokens = config.batch_size * width
@@ -257,12 +261,15 @@ def _learner(context: Context, roles: Roles, mixed: "_Mixed | None", optimizer: 
 def _iteration(context: Context, roles: Roles, roll_out: Any, learn: Any, watch: Watch):
     """The function (state, iteration) -> (state, metrics): a rollout, its scores, and the updates made of them."""
 
+    nearness = make_nearness(context, roles.policy)
+
     def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
         acting = roles.acting(state.params)
         rollout, pending = roll_out(acting["policy"], iteration)
+        near = nearness(rollout) if nearness else {}
         state, experience, scores, metrics = learn(state, acting, rollout, pending, iteration)
         watch.inspect(rollout, scores, experience, bool(context.config.stop_strings))
-        return state, metrics
+        return state, metrics | near
 
     return advance
 

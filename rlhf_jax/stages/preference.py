@@ -23,6 +23,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec, training_passes
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.private import Private, owners_of, units_of
+from rlhf_jax.stages.secrets import follow_secrets
 from rlhf_jax.stages.train import accuracy_figures, ordered, prepare, steps_of, train
 from rlhf_jax.training.artifacts import (
     Role,
@@ -264,6 +265,7 @@ def run(context: Context) -> dict[str, Any]:
             evaluate = _evaluation(
                 settings, role.spec, reference_spec, frozen, parts["evaluation"], config.batch_size, mesh
             )
+            evaluate = follow_secrets(context, role, lambda params: {**fixed, **params}, evaluate, mesh)
 
         # --- loop ------------------------------------------------------------------------------------------------
         params, summary = train(

@@ -30,7 +30,8 @@ def is_public(config: ConfigDict, name: str) -> bool:
 
 def data_fields(config: ConfigDict, name: str) -> list[tuple[str, str]]:
     """(field, data name) of each data set that a stage reads."""
-    fields = ("data", "evaluation.data", "ptx.data", "secrets", "held_out", "members", "others")
+    asked = ("secrets", "held_out", "members", "others", "evaluation.secrets")
+    fields = ("data", "evaluation.data", "ptx.data", *asked)
     return [(field, value) for field, value in references(config.stages[name]) if field in fields]
 
 
@@ -106,7 +107,8 @@ def _check_feeding(config: ConfigDict, name: str, kinds: dict[str, str]) -> None
                 f'{where}.data is "{value}", written by a model of private data without privacy: each record tells of '
                 "all that it was trained on; give that model's stage a privacy.epsilon too"
             )
-        if field in ("data", "evaluation.data", "ptx.data") or head not in kinds or kinds[head] != RAW:
+        own_data = field in ("data", "evaluation.data", "evaluation.secrets", "ptx.data")
+        if own_data or head not in kinds or kinds[head] != RAW:
             continue
         made = "made" if config.stages[head].kind in PRODUCED else "trained"
         raise UserError(
@@ -115,6 +117,7 @@ def _check_feeding(config: ConfigDict, name: str, kinds: dict[str, str]) -> None
         )
     for field, why in (
         ("evaluation.data", "the result would be chosen by it and its figures shown without noise"),
+        ("evaluation.secrets", "their log-probabilities would be shown without noise"),
         ("ptx.data", "its gradient is mixed in without clipping or noise"),
     ):
         for given, value in data_fields(config, name):

@@ -26,6 +26,7 @@ from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.packed import PackedData, packed_examples
 from rlhf_jax.stages.private import Private
+from rlhf_jax.stages.secrets import follow_secrets
 from rlhf_jax.stages.train import ordered, prepare, steps_of, train
 from rlhf_jax.training.artifacts import Role, checkpoint_config, computed, continue_role, role_memory, save_role
 from rlhf_jax.training.gradient import plain_gradient
@@ -116,7 +117,10 @@ def run(context: Context) -> dict[str, Any]:
         def advance(state: Any, iteration: int) -> tuple[Any, dict[str, jax.Array]]:
             return step(state, frozen, batch(iteration))
 
-        evaluate = _evaluation(context, role, frozen, mesh) if config.evaluation.data else None
+        evaluate = None
+        if config.evaluation.data:
+            evaluate = _evaluation(context, role, frozen, mesh)
+            evaluate = follow_secrets(context, role, lambda params: {**frozen, **params}, evaluate, mesh)
 
         # --- loop ------------------------------------------------------------------------------------------------
         params, summary = train(

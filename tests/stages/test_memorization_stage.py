@@ -126,7 +126,7 @@ def test_any_data_set_may_be_asked_for_with_its_held_out_twin(context):
     config.secrets, config.held_out = context.experiment.stages.sft.data, config.others
     plain = [{"prompt": s["prompt"], "completion": s["completion"]} for s in SECRETS[:3]]
     write(Path(config.secrets), plain)
-    found = memorization.read_secrets(context)
+    found = memorization.read_secrets(context, config.secrets, config.held_out)
     assert [s["planted_in"] for s in found] == [["sft.jsonl"]] * 3 + [[]] * 12
     assert len({s["id"] for s in found}) == 15 and {s["group"] for s in found} == {"base"}
 

@@ -1,0 +1,137 @@
+"""Planted secrets as stages know them: where they are, who has seen them, and how likely they are while one trains."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import references
+from rlhf_jax.data.records import read_records
+from rlhf_jax.data.schemas import Record
+from rlhf_jax.data.table import pad_prompts
+from rlhf_jax.distributed.processes import is_main_process
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.asking import tokenize_secrets
+from rlhf_jax.evaluation.distances import normalized_edit_distance
+from rlhf_jax.evaluation.drafts import SLACK
+from rlhf_jax.evaluation.extraction import window_logprobs
+from rlhf_jax.evaluation.memorization import MEMORIZED_DISTANCE
+from rlhf_jax.models.roles import Weights
+from rlhf_jax.rollout import Rollout, Sampling
+from rlhf_jax.rollout.batches import read_all
+from rlhf_jax.stages.context import Context
+from rlhf_jax.training.artifacts import Role
+from rlhf_jax.training.metrics import cut_back
+
+MANIFEST = {"group": "base", "duplicates": 1, "entity": ""}  # what a record of a plain data set has not
+FOLLOWED = "secrets.jsonl"  # in a stage's folder: {step, logprobs: one a secret}, of every evaluation
+AT_ONCE = 64  # secrets that are read, or that a batch of answers is compared with, together
+
+
+def training_files(context: Context, stage: str) -> dict[str, str]:
+    """File name -> data name of what `stage` and the stages it was initialized from were trained on."""
+    files: dict[str, str] = {}
+    while stage in context.experiment.stages:
+        config = context.experiment.stages[stage]
+        files |= {context.path(value).name: value for field, value in references(config) if field == "data"}
+        stage = config.init
+    return files
+
+
+def read_secrets(context: Context, source: str, held_out: str = "") -> list[Record]:
+    """A manifest; or a plain data set {prompt, completion}, planted in its own file, with its held-out twin.
+
+    Raises:
+      UserError: a manifest lacks a field.
+    """
+    path = context.path(source)
+    secrets, _ = read_records(path, "completion")
+    if "planted_in" not in secrets[0]:
+        secrets = [{"id": str(i), **MANIFEST, **secret, "planted_in": [path.name]} for i, secret in enumerate(secrets)]
+    missing = [name for name in ("id", *MANIFEST) if name not in secrets[0]]
+    if missing:
+        raise UserError(f"{path}: record 1 has no field {missing[0]}: give a secrets manifest")
+    if held_out:
+        others, _ = context.records(held_out, "completion")
+        secrets += [{**MANIFEST, **other, "id": f"held out {i}", "planted_in": []} for i, other in enumerate(others)]
+    return secrets
+
+
+def follow_secrets(
+    context: Context, role: Role, acting: Callable[[Any], Weights], evaluate: Any, mesh: Mesh
+) -> Callable[[Any, int], dict[str, Any]]:
+    """A trainable stage's evaluation, and beside it how likely the secrets of `evaluation.secrets` have become.
+
+    Args:
+      role: whose shape and tokenizer the policy has; acting: parameters -> the policy's weights.
+      evaluate: (parameters, iteration) -> figures.
+
+    Returns:
+      evaluate itself where no secrets are named; else with "secrets/<group>, seen" and "..., unseen" in its figures:
+      mean log-probabilities in nats of those that the stage's data (or an ancestor's) holds, and of the others.
+    """
+    source = context.config.evaluation.secrets
+    if not source:
+        return evaluate
+    secrets = read_secrets(context, source)
+    questions = tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, source)
+    lengths = np.asarray([len(target) for target in questions.targets])
+    files, path = set(training_files(context, context.name)), context.folder / FOLLOWED
+    kinds = [f"secrets/{s['group']}, {'seen' if files & set(s['planted_in']) else 'unseen'}" for s in secrets]
+
+    def followed(params: Any, iteration: int) -> dict[str, Any]:
+        reading = read_all(
+            role.spec,
+            acting(params),
+            questions.prompts,
+            questions.targets,
+            scheme=Sampling(1),
+            batch_size=AT_ONCE,
+            mesh=mesh,
+            name="",
+        )
+        logprobs = window_logprobs(np.asarray(reading.logprobs), 0 * lengths, lengths)
+        if is_main_process():
+            cut_back(path, iteration - 1)
+            with path.open("a") as file:
+                file.write(json.dumps({"step": iteration, "logprobs": logprobs.tolist()}) + "\n")
+        means = {kind: float(np.mean(logprobs[[k == kind for k in kinds]])) for kind in sorted(set(kinds))}
+        return evaluate(params, iteration) | means
+
+    return followed
+
+
+def make_nearness(context: Context, role: Role) -> Callable[[Rollout], dict[str, jax.Array]] | None:
+    """The function rollout -> {"secrets/near": answers that came near some secret}; None where none are named.
+
+    An answer without its stop token, cut to the secret's length, is near within `MEMORIZED_DISTANCE` in tokens.
+    """
+    source = context.config.evaluation.secrets
+    if not source:
+        return None
+    secrets = read_secrets(context, source)
+    targets = tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, source).targets
+    rows = pad_prompts(targets, max(map(len, targets)), -(-len(targets) // AT_ONCE) * AT_ONCE)
+    wanted, lengths = (jnp.asarray(x).reshape(-1, AT_ONCE, *x.shape[1:]) for x in (rows["prompts"], rows["lengths"]))
+    return partial(_count_near, wanted, lengths)
+
+
+@jax.jit
+def _count_near(wanted: jax.Array, lengths: jax.Array, rollout: Rollout) -> dict[str, jax.Array]:
+    """Of secrets (n, AT_ONCE, T), compared so many at a time."""
+    rows = len(rollout.tokens)
+    answers = jnp.repeat(rollout.tokens, AT_ONCE, axis=0)
+    written = jnp.repeat(rollout.lengths - rollout.ended, AT_ONCE)
+
+    def nearest(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        targets, ends = jnp.tile(part[0], (rows, 1)), jnp.tile(part[1], rows)
+        distance = normalized_edit_distance(answers, jnp.minimum(written, ends), targets, ends)
+        return distance.reshape(rows, AT_ONCE).min(axis=1)
+
+    least = jax.lax.map(nearest, (wanted, lengths)).min(axis=0)
+    return {"secrets/near": jnp.sum(least <= MEMORIZED_DISTANCE + SLACK)}
