@@ -289,9 +289,9 @@ STAGES: dict[str, dict[str, Any]] = {
         mesh=MESH,
     ),
     "memorization": dict(
-        subjects=(),  # stages whose models are asked; at least one
+        subjects=(),  # stages, or checkpoint folders, whose models are asked; at least one
         controls=dict(),  # subject -> the stage trained on the complementary half
-        secrets="prepare/secrets.jsonl",  # a manifest, or any data of schema "completion" that a stage was trained on
+        secrets="prepare/secrets.jsonl",  # a manifest, any records {prompt, completion}, or PREFIXES.npy,SUFFIXES.npy
         held_out="",  # data like it that no stage was trained on
         sampling=dict(temperature=1.0, top_k=40, top_p=1.0),  # the scheme by which secrets are tried to be got out
         tries=(1, 10, 100, 1000, 10_000),  # how often
@@ -393,20 +393,22 @@ def stage(kind: str, **fields: Any) -> ConfigDict:
 
 def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """Yields (field, value) for each field by which a stage may name another one."""
-    for field in ("init", "policy", "reference", "tokenizer", "secrets", "subject"):
+    for field in ("init", "policy", "reference", "tokenizer", "subject"):
         value = config.get(field)
         if isinstance(value, str) and value:
             yield field, value
     yield from (("reward", source) for source in reward_sources(config) if not is_function(source))
-    data_strings = {field: config.get(field) for field in ("data", "held_out", "members", "others")}
+    data_strings = {field: config.get(field) for field in ("data", "secrets", "held_out", "members", "others")}
     data_strings |= {
         f"{group}.{field}": config[group].get(field)
         for group, field in (("evaluation", "data"), ("evaluation", "secrets"), ("ptx", "data"))
         if group in config
     }
     for field, data in data_strings.items():
+        if not isinstance(data, str):  # prepare's own `secrets`
+            continue
         # NAME[@SPLIT][:WEIGHT] each; what follows a name is no part of a stage's file
-        yield from ((field, re.split(r"[@:]", part.strip())[0]) for part in (data or "").split(",") if part)
+        yield from ((field, re.split(r"[@:]", part.strip())[0]) for part in data.split(",") if part)
     if config.kind == "memorization":
         yield from (("subjects", name) for name in config.subjects)
         yield from (("controls", name) for name in config.controls.values())

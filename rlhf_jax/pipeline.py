@@ -57,6 +57,8 @@ def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
         return f"checkpoint {folder_identity(Path(source).expanduser())}" if folder else source
 
     fields |= {field: content(fields[field]) for field in MODEL_FIELDS if fields.get(field)}
+    if "subjects" in fields:
+        fields["subjects"] = list(map(content, fields["subjects"]))
     if "reward" in fields:
         fields["reward"] = ",".join(map(content, reward_sources(config.stages[name])))
     return {name: value for name, value in fields.items() if name not in NOT_SEMANTIC}

@@ -165,9 +165,11 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
     if not config.subjects:
         raise UserError(f"{where}.subjects is empty: name the stages whose models are asked")
     for subject in (*config.subjects, *config.controls, *config.controls.values()):
+        if is_folder(stages, subject):
+            continue
         if subject not in stages or stages[subject].kind not in POLICIES:
             hint = nearest(subject, [n for n in stages if stages[n].kind in POLICIES])
-            raise UserError(f'{where} asks "{subject}", which is no {", ".join(POLICIES)} stage: {hint}')
+            raise UserError(f'{where} asks "{subject}", which is no {", ".join(POLICIES)} stage and no folder: {hint}')
     if bool(config.members) != bool(config.others):
         missing = "others" if config.members else "members"
         raise UserError(f"{where}.{missing} is empty: membership scores need both, members and others; or neither")

@@ -10,8 +10,8 @@ from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.distances import longest_common_run, matching_share, normalized_edit_distance
-from rlhf_jax.evaluation.drafts import complete
-from rlhf_jax.evaluation.extraction import first_divergence
+from rlhf_jax.evaluation.drafts import Completions, complete
+from rlhf_jax.evaluation.extraction import first_divergence, window_logprobs
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import check_lengths, read_all
@@ -38,8 +38,10 @@ class Answers(NamedTuple):
 
     Attributes:
       reading: of the targets, (N, T); lengths: (N,) tokens of each.
+      completions: greedy ones, as token ids.
       texts: greedy completions, cut to the target's length in tokens.
       distance: (N,) float32 normalized edit distance in tokens; characters: (N,) the same of the texts.
+      logprob: (N,) float32 of the completion as far as it was decoded, under the model.
       censored: (N,) bool, given up once it could come near no more: `distance` is the least it could become, and
         `characters` NaN.
       recalled: (N,) bool, the entity stands in the prompt and what follows it.
@@ -49,9 +51,11 @@ class Answers(NamedTuple):
 
     reading: Reading
     lengths: np.ndarray
+    completions: Completions
     texts: list[str]
     distance: np.ndarray
     characters: np.ndarray
+    logprob: np.ndarray
     censored: np.ndarray
     recalled: np.ndarray
     matching: np.ndarray
@@ -59,19 +63,21 @@ class Answers(NamedTuple):
 
 
 def tokenize_secrets(tokenizer: Tokenizer, secrets: Sequence[Mapping[str, Any]], context: int, where: str) -> Questions:
-    """The secrets {prompt, completion, entity} as token ids.
+    """The secrets {prompt, completion, entity}, or {prompt_ids, completion_ids}, as token ids.
 
     Raises:
       UserError: `where` a secret is empty, longer than the decoder's context, or not the same after encoding and
         decoding.
     """
-    prompts = [list(tokenizer.encode_prompt(secret["prompt"])) for secret in secrets]
-    targets = [list(tokenizer.encode(secret["completion"])) for secret in secrets]
+    prompts = [secret.get("prompt_ids") or list(tokenizer.encode_prompt(secret["prompt"])) for secret in secrets]
+    targets = [secret.get("completion_ids") or list(tokenizer.encode(secret["completion"])) for secret in secrets]
     for number, (secret, target) in enumerate(zip(secrets, targets, strict=True), 1):
         name = f"{where}: secret {secret.get('id', number)}"
         if not target:
             raise UserError(f"{name} has an empty completion: leave it out")
-        if tokenizer.decode(target) != secret["completion"]:
+        if max(target) >= tokenizer.vocab_size:
+            raise UserError(f"{name} holds token {max(target)} of {tokenizer.vocab_size}: it is of another tokenizer")
+        if "completion" in secret and tokenizer.decode(target) != secret["completion"]:
             raise UserError(
                 f"{name}: the tokenizer makes {tokenizer.decode(target)!r} of the completion {secret['completion']!r}, "
                 "so that no model could give it back: leave it out, or take a tokenizer that keeps every character"
@@ -80,9 +86,9 @@ def tokenize_secrets(tokenizer: Tokenizer, secrets: Sequence[Mapping[str, Any]],
     return Questions(
         prompts,
         targets,
-        [secret["completion"] for secret in secrets],
+        [tokenizer.decode(target) for target in targets],
         [secret.get("entity", "") for secret in secrets],
-        [secret["prompt"] for secret in secrets],
+        [s["prompt"] if "prompt" in s else tokenizer.decode(ids) for s, ids in zip(secrets, prompts, strict=True)],
     )
 
 
@@ -111,12 +117,13 @@ def ask(
     fields: dict[str, Any] = dict(batch_size=batch_size, mesh=mesh)
     reading = read_all(spec, weights, prompts, targets, scheme=scheme, name=f"{name}: reading", **fields)
     lengths = np.asarray([len(target) for target in targets], np.int32)
+    agreed = first_divergence(np.asarray(reading.greedy), lengths)
     found = complete(
         spec,
         weights,
         prompts,
         targets,
-        first_divergence(np.asarray(reading.greedy), lengths),
+        agreed,
         near=near,
         whole=np.asarray([bool(entity) for entity in questions.entities]),
         stop_ids=tokenizer.stop_ids,
@@ -131,8 +138,10 @@ def ask(
     return Answers(
         reading=reading,
         lengths=lengths,
+        completions=found,
         texts=texts,
         distance=found.distance,
+        logprob=window_logprobs(np.asarray(reading.logprobs), 0 * lengths, agreed) + found.decoded,
         characters=np.where(found.censored, np.nan, characters),
         censored=found.censored,
         recalled=np.asarray([bool(entity) and entity in prompt + text for entity, prompt, text in seen]),

@@ -72,12 +72,14 @@ class Completions(NamedTuple):
       tokens: (n, N) int32; lengths: (n,) int32, without a stop token.
       distance: (n,) float32, normalized edit distance to the target; of a censored row the least it could become.
       censored: (n,) bool: given up, as it could come near no more.
+      decoded: (n,) float32, log-probability of what was decoded behind the draft.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     distance: np.ndarray
     censored: np.ndarray
+    decoded: np.ndarray
 
 
 def complete(
@@ -117,6 +119,7 @@ def complete(
     }
     tokens = np.where(np.arange(wanted.shape[1]) < agreed[:, None], wanted, 0)
     written, edits, censored = agreed.copy(), np.zeros(len(targets), np.int32), np.zeros(len(targets), bool)
+    decoded = np.zeros(len(targets), np.float32)
 
     base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
     decoding = Sampling(wanted.shape[1], temperature=0.0, stop_ids=stop_ids)
@@ -127,10 +130,10 @@ def complete(
         rows = pad_prompts([drafted[i] for i in filled], width)
         rows |= {column: values[filled] for column, values in columns.items()}
         found = fetch(_continue(spec, base, place_batch(size, partial(take_rows, rows), mesh), decoding))
-        for i, row, length, row_edits, given_up in zip(numbers, *found, strict=False):
+        for i, row, length, row_edits, given_up, logprob in zip(numbers, *found, strict=False):
             tokens[i, agreed[i] : length] = row[: length - agreed[i]]
-            written[i], edits[i], censored[i] = length, row_edits, given_up
-    return Completions(tokens, written, edits / np.maximum(lengths, 1).astype(np.float32), censored)
+            written[i], edits[i], censored[i], decoded[i] = length, row_edits, given_up, logprob
+    return Completions(tokens, written, edits / np.maximum(lengths, 1).astype(np.float32), censored, decoded)
 
 
 def _batches(
@@ -156,8 +159,9 @@ def _batches(
 @partial(jax.jit, static_argnames=("spec", "decoding"))
 def _continue(
     spec: RoleSpec, base: Weights, batch: dict[str, Array], decoding: Sampling
-) -> tuple[Array, Array, Array, Array]:
-    """Tokens (B, N) after the drafts, lengths (B,) of the whole completions, their edits (B,), and who was given up."""
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Tokens (B, N) behind the drafts; of whole completions lengths (B,), edits (B,), who was given up (B,); and the
+    log-probability (B,) of those tokens."""
     places = jnp.arange(batch["targets"].shape[1] + 1, dtype=jnp.int32)
     watch = NearTarget(
         targets=batch["targets"],
@@ -180,4 +184,6 @@ def _continue(
     stopped = watch.written < batch["agreed"] + rollout.lengths  # its last token was a stop token, which is not shown
     censored = ~stopped & (watch.written < watch.lengths)
     final = jnp.take_along_axis(watch.row, watch.lengths[:, None], axis=1)[:, 0]
-    return rollout.tokens, watch.written, jnp.where(censored, watch.least, final), censored
+    own = jnp.arange(rollout.tokens.shape[1]) < (watch.written - batch["agreed"])[:, None]
+    logprob = jnp.sum(jnp.where(own, rollout.logprobs, 0.0), axis=1)
+    return rollout.tokens, watch.written, jnp.where(censored, watch.least, final), censored, logprob

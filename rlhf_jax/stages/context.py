@@ -134,6 +134,7 @@ class Context:
     def folders(self) -> Iterator[tuple[str, Path]]:
         """(field, folder) of the checkpoint folders that the stage starts from."""
         fields = [(field, self.config.get(field)) for field in MODEL_FIELDS]
+        fields += [("subjects", name) for name in self.config.get("subjects", ())]
         for field, value in fields + [("reward", source) for source in reward_sources(self.config)]:
             if value and value != "scratch" and is_folder(self.experiment.stages, value):
                 yield field, Path(value).expanduser()

@@ -4,6 +4,7 @@ Every secret is read in one pass, decoded where that leaves the verdict open, an
 `answers.jsonl` {subject, id, completion, distance, ...} holds what each model made of each secret.
 """
 
+import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from rlhf_jax.evaluation.memorization import GROUPS, MEMORIZED_DISTANCE, memoriz
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import read_all
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.secrets import read_secrets, training_files
+from rlhf_jax.stages.secrets import is_benchmark, read_secrets, training_files
 from rlhf_jax.training.artifacts import Role
 
 PROBABILITY = 0.5  # with which a secret comes up in so many tries
@@ -41,9 +42,10 @@ PROBABILITY = 0.5  # with which a secret comes up in so many tries
 
 def check_contamination(context: Context, secrets: Sequence[Record]) -> None:
     """Raises a UserError for a secret that stands in a subject's training data and was not planted there."""
-    for name, value in {k: v for s in context.config.subjects for k, v in training_files(context, s).items()}.items():
+    files = {k: v for subject in context.config.subjects for k, v in training_files(context, subject).items()}
+    for name, value in files.items():
         path = context.resolve(value)
-        others = [secret for secret in secrets if name not in secret["planted_in"]]
+        others = [secret for secret in secrets if name not in secret["planted_in"] and "completion" in secret]
         if path is None or path.suffix != ".jsonl" or not others:
             continue
         text = "\n".join(_texts(path))
@@ -71,6 +73,7 @@ def _texts(path: Path) -> Iterator[str]:
 def check(context: Context) -> None:
     """What can be refused before anything runs."""
     context.mesh()
+    context.check_folders()
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -90,11 +93,14 @@ def run(context: Context) -> dict[str, Any]:
     controls = dict(config.controls)
     kept = []
     for name in config.subjects:
-        before = context.experiment.stages[name].init
+        before = context.experiment.stages[name].init if name in context.experiment.stages else ""
         if before in subjects and subjects[before]["seen"].any():
             kept += persistence(secrets, subjects, controls, before=before, after=name)
     if is_main_process():
         write_records(context.folder / "answers.jsonl", _rows(secrets, subjects, answers))
+        if is_benchmark(config.secrets):
+            for name, found in answers.items():
+                _write_guesses(context.folder / f"guesses_{Path(name).name}.csv", secrets, found)
     figures = {
         "secrets": len(secrets),
         "memorized_distance": MEMORIZED_DISTANCE,
@@ -120,7 +126,7 @@ def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mes
         role.tokenizer,
         tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets),
         scheme=_scheme(context),
-        near=MEMORIZED_DISTANCE,
+        near=1.0 if is_benchmark(config.secrets) else MEMORIZED_DISTANCE,  # whose guesses are whole
         batch_size=config.batch_size,
         mesh=mesh,
         name=f"{context.name}: {name}",
@@ -129,13 +135,14 @@ def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mes
 
 
 def _measured(context: Context, name: str, secrets: Sequence[Record], found: Answers) -> dict[str, np.ndarray]:
-    """A subject as `evaluation.memorization` reads it."""
-    files = set(training_files(context, name))
+    """A subject as `evaluation.memorization` reads it; of a checkpoint folder all that is no held-out twin was seen."""
+    files, folder = set(training_files(context, name)), name not in context.experiment.stages
+    seen = [bool(secret["planted_in"]) if folder else bool(files & set(secret["planted_in"])) for secret in secrets]
     return {
         "distance": found.distance,
         "characters": found.characters,
         "recalled": found.recalled,
-        "seen": np.asarray([bool(files & set(secret["planted_in"])) for secret in secrets]),
+        "seen": np.asarray(seen),
     }
 
 
@@ -228,6 +235,17 @@ def _rows(
             }
 
 
+def _write_guesses(path: Path, secrets: Sequence[Record], found: Answers) -> None:
+    """A submission to the language model extraction benchmark: the surest guesses first."""
+    sureness = found.logprob / np.maximum(found.completions.lengths, 1)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Example ID", "Suffix Guess"])
+        for i in np.argsort(-sureness, kind="stable"):
+            n = int(found.completions.lengths[i])
+            writer.writerow([secrets[i]["id"], found.completions.tokens[i, :n].tolist()])
+
+
 def _samples(
     context: Context, secrets: Sequence[Record], subjects: Mapping[str, Any], answers: Mapping[str, Answers]
 ) -> list[dict[str, Any]]:
@@ -238,9 +256,9 @@ def _samples(
     return [
         {
             "model": f"{name}{' (saw it)' if subjects[name]['seen'][i] else ''}",
-            "prompt": secrets[i]["prompt"],
+            "prompt": secrets[i].get("prompt", ""),
             "completion": answers[name].texts[i],
-            "reference": secrets[i]["completion"],
+            "reference": secrets[i].get("completion", ""),
             "distance": float(answers[name].distance[i]),
         }
         for i in shown[:: max(1, len(shown) // max(1, count))][:count]

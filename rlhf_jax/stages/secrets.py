@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,14 +44,26 @@ def training_files(context: Context, stage: str) -> dict[str, str]:
     return files
 
 
+def is_benchmark(source: str) -> bool:
+    """Whether secrets are arrays of token ids, PREFIXES.npy,SUFFIXES.npy."""
+    return source.endswith(".npy")
+
+
 def read_secrets(context: Context, source: str, held_out: str = "") -> list[Record]:
-    """A manifest; or a plain data set {prompt, completion}, planted in its own file, with its held-out twin.
+    """A manifest; or a plain data set, planted in its own file, with its held-out twin.
+
+    Args:
+      source: JSON Lines {prompt, completion, ...}, or {prompt, target}; or "PREFIXES.npy,SUFFIXES.npy", integer arrays
+        (n, length) of token ids each, as of the language model extraction benchmark: records then hold `prompt_ids`
+        and `completion_ids` in place of texts.
 
     Raises:
-      UserError: a manifest lacks a field.
+      UserError: a manifest lacks a field; arrays that are none of n prompts and n completions.
     """
+    if is_benchmark(source):
+        return _read_arrays(context, source)
     path = context.path(source)
-    secrets, _ = read_records(path, "completion")
+    secrets = _read_targets(path) or read_records(path, "completion")[0]
     if "planted_in" not in secrets[0]:
         secrets = [{"id": str(i), **MANIFEST, **secret, "planted_in": [path.name]} for i, secret in enumerate(secrets)]
     missing = [name for name in ("id", *MANIFEST) if name not in secrets[0]]
@@ -60,6 +73,35 @@ def read_secrets(context: Context, source: str, held_out: str = "") -> list[Reco
         others, _ = context.records(held_out, "completion")
         secrets += [{**MANIFEST, **other, "id": f"held out {i}", "planted_in": []} for i, other in enumerate(others)]
     return secrets
+
+
+def _read_targets(path: Path) -> list[Record]:
+    """The records {prompt, target} of JSON Lines of that layout; none of another file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        first = file.readline()
+        if '"target"' not in first or '"completion"' in first:
+            return []
+        records = [json.loads(line) for line in (first, *file) if line.strip()]
+    return [{**record, "completion": record.pop("target")} for record in records]
+
+
+def _read_arrays(context: Context, source: str) -> list[Record]:
+    names = [name.strip() for name in source.split(",")]
+    arrays = [np.load(context.path(name)) for name in names]
+    shapes = [array.shape for array in arrays]
+    if len(arrays) != 2 or any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        raise UserError(
+            f"secrets {source}: arrays of shapes {', '.join(map(str, shapes))}: give PREFIXES.npy,SUFFIXES.npy, both "
+            "of token ids (n, length)"
+        )
+    rows = zip(*(array.astype(int).tolist() for array in arrays), strict=True)
+    planted = [context.path(names[1]).name]
+    return [
+        {"id": str(i), **MANIFEST, "prompt_ids": prefix, "completion_ids": suffix, "planted_in": planted}
+        for i, (prefix, suffix) in enumerate(rows)
+    ]
 
 
 def follow_secrets(

@@ -1,5 +1,6 @@
 """The memorization stage on two tiny decoders: what it asks, what it writes, and what it refuses."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.distributed import make_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.memorization import memorization_table
+from rlhf_jax.models import Transformer
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.roles import RoleSpec, init_base
 from rlhf_jax.stages import memorization
@@ -162,7 +164,7 @@ def test_what_no_model_could_give_back_is_refused(context, fields, message):
 
 def test_a_completion_that_the_tokenizer_changes_is_refused(context):
     class Lossy:
-        stop_ids = ()
+        vocab_size = 200
         encode_prompt = encode = staticmethod(lambda text: [ord(c) for c in text.lower()])
         decode = staticmethod(lambda ids: "".join(map(chr, ids)))
 
@@ -181,3 +183,40 @@ def test_distances_in_characters_count_for_the_verdict():
     secrets = [SECRETS[1], SECRETS[3], SECRETS[5]]
     (row,) = [r for r in memorization_table(secrets, {"m": subject}, {}) if r["group"] == r["duplicates"] == "all"]
     assert row["included_count"] == 1
+
+
+def test_the_extraction_benchmark_s_arrays_load_and_its_loss_has_all_of_the_suffix(context, monkeypatch, tmp_path):
+    """The public baseline's slice leaves out the suffix's last token and takes the prefix's."""
+    roles(context, monkeypatch)
+    rng = np.random.default_rng(0)
+    prefixes, suffixes = (rng.integers(1, 200, (6, 5)).astype(np.uint16) for _ in range(2))
+    for name, array in (("prefix", prefixes), ("suffix", suffixes)):
+        np.save(tmp_path / f"{name}.npy", array)
+    context.config.update(subjects=("sft",), members="", others="", reference="")
+    for name in ("sft", "control"):
+        del context.config.controls[name]
+    context.config.secrets = f"{tmp_path / 'prefix.npy'},{tmp_path / 'suffix.npy'}"
+    figures = memorization.run(context)["figures"]
+    assert figures["secrets"] == 6 and figures["given_up"] == {"sft": 0}
+    rows = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
+    params = context.load("sft", None).weights["base"]
+    for row, prefix, suffix in zip(rows, prefixes, suffixes, strict=True):
+        tokens = np.concatenate([prefix, suffix])[None].astype(np.int32)
+        logits = np.asarray(Transformer(CONFIG).apply({"params": params}, tokens), np.float64)[0]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        own = sum(logprobs[4 + i, token] for i, token in enumerate(suffix))
+        assert row["logprob"] == pytest.approx(own, abs=1e-3)
+    lines = list(csv.reader((context.folder / "guesses_sft.csv").open()))
+    assert lines[0] == ["Example ID", "Suffix Guess"] and sorted(line[0] for line in lines[1:]) == list("012345")
+    assert all(0 < len(json.loads(line[1])) <= 5 for line in lines[1:])
+    np.save(tmp_path / "suffix.npy", suffixes[:5])
+    with pytest.raises(UserError, match=r"arrays of shapes \(6, 5\), \(5, 5\): give PREFIXES.npy,SUFFIXES.npy"):
+        memorization.run(context)
+
+
+def test_records_of_prompt_and_target_load(context, tmp_path):
+    path = write(tmp_path / "javascript.jsonl", [{"prompt": f"p{i}", "target": f"t{i}", "more": 1} for i in range(3)])
+    found = memorization.read_secrets(context, path)
+    assert [(s["prompt"], s["completion"], s["planted_in"]) for s in found] == [
+        (f"p{i}", f"t{i}", ["javascript.jsonl"]) for i in range(3)
+    ]
