@@ -7,7 +7,7 @@ from rlhf_jax.reporting.plots import Plot, is_number, plot
 
 
 def memorization_plots(figures: Mapping) -> list[Plot]:
-    """Rates by duplicates for each subject, included beside held-out, and what a later stage kept."""
+    """Rates by duplicates and extraction curves of each subject, included beside held-out; what a later stage kept."""
     found = []
     table = figures.get("table") or []
     for subject in dict.fromkeys(row["subject"] for row in table):
@@ -19,6 +19,10 @@ def memorization_plots(figures: Mapping) -> list[Plot]:
         }
         caption = f"Memorized by {subject}: share of secrets in its training data and of held-out ones, 95 % intervals."
         found.append(plot(_bars(rows, series, "memorized (%)", str(subject)), caption))
+        curves = [row for row in figures.get("extraction") or [] if row["subject"] == subject]
+        if curves:
+            caption = f"Secrets that sampling {subject} gets out, by the number of tries; nothing is sampled for it."
+            found.append(plot(plots.extraction(curves), caption))
     kept = figures.get("persistence") or []
     for before, after in dict.fromkeys((row["before"], row["after"]) for row in kept):
         rows = [row for row in kept if (row["before"], row["after"]) == (before, after)]

@@ -159,6 +159,26 @@ def best_of_n(curve: Sequence[Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
+def extraction(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The share of secrets that so many tries get out, on a logarithmic axis; those not in the data dashed.
+
+    Args:
+        rows: {"group", "seen", "tries", "shares"}, of one model.
+    """
+    colors = {group: PALETTE[i] for i, group in enumerate(dict.fromkeys(row["group"] for row in rows))}
+    with rc_context(_STYLE):
+        figure, axes = _axes("tries", "got out, with probability 1/2 (%)")
+        axes.set_xscale("log")
+        for row in rows:
+            label = f"{row['group']}, {'included' if row['seen'] else 'held-out'}"
+            line, color = "-" if row["seen"] else "--", colors[row["group"]]
+            percent = [100 * share for share in row["shares"]]
+            axes.plot(row["tries"], percent, line, color=color, marker="o", markersize=4, label=label)
+        axes.set_ylim(-4, 104)
+        _legend(axes)
+        return _svg(figure)
+
+
 def against_epsilon(series: Mapping[str, Mapping[float, Sequence[float]]], y_label: str) -> str:
     """Figures of private runs against their epsilon, evenly spaced, those without noise on the right.
 

@@ -30,6 +30,16 @@ def test_best_of_n_shows_answers_below_and_kl_above():
     assert plots.best_of_n(with_intervals) != plots.best_of_n(curve)
 
 
+def test_extraction_shows_each_group_included_and_held_out():
+    rows = [
+        {"group": group, "seen": seen, "tries": [1, 10, 100], "shares": [0.0, 0.1, 0.5]}
+        for group in ("base", "links")
+        for seen in (True, False)
+    ]
+    shown = texts(plots.extraction(rows))
+    assert {"base, included", "base, held-out", "links, included", "links, held-out", "tries"} <= set(shown)
+
+
 @pytest.mark.parametrize(("longest", "unit"), [(90, "seconds"), (600, "minutes"), (9000, "hours")])
 def test_wall_times_are_in_the_unit_of_the_longest(longest, unit):
     assert f"wall time ({unit})" in texts(plots.time_bars({"sft": 30.0, "ppo": longest}))

@@ -32,7 +32,9 @@ def memorization_figures():
     }
     controls = {"sft": "control"}
     kept = persistence(secrets, subjects, controls, before="sft", after="sft")
-    return {"table": memorization_table(secrets, subjects, controls), "persistence": kept}
+    extraction = [{"subject": "sft", "group": "base", "seen": True, "tries": [1, 9], "shares": [0.25, 0.75]}]
+    table = memorization_table(secrets, subjects, controls)
+    return {"table": table, "persistence": kept, "extraction": extraction}
 
 
 def write_workdir(folder, stages):
