@@ -79,8 +79,8 @@ def test_every_stage_is_on_the_page(workdir):
     ):
         assert shown in page
     assert "sft: counterfactually memorized" in page
-    assert "Of the secrets memorized by sft" in page
-    assert page.count("<svg") == page.count("<figcaption>") == 1 + 3 + 3 + 3
+    assert "Of the secrets memorized by sft" in page and "Secrets that sampling sft gets out" in page
+    assert page.count("<svg") == page.count("<figcaption>") == 1 + 3 + 3 + 4
 
 
 def test_several_ppo_stages_stand_in_one_plot_each_of_score_and_kl(tmp_path):
