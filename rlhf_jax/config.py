@@ -299,6 +299,7 @@ STAGES: dict[str, dict[str, Any]] = {
         others="",  # data like it that they were not trained on
         records=1000,  # of each, at most
         reference="",  # a stage whose log-probabilities membership scores are compared with
+        reward="",  # a reward stage: how far above each subject's own answers does it score the secrets
         batch_size=64,
         prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
         samples=6,

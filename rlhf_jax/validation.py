@@ -170,6 +170,8 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
         if subject not in stages or stages[subject].kind not in POLICIES:
             hint = nearest(subject, [n for n in stages if stages[n].kind in POLICIES])
             raise UserError(f'{where} asks "{subject}", which is no {", ".join(POLICIES)} stage and no folder: {hint}')
+    if "," in config.reward or is_function(config.reward):
+        raise UserError(f'{where}.reward is "{config.reward}": name one reward stage')
     if bool(config.members) != bool(config.others):
         missing = "others" if config.members else "members"
         raise UserError(f"{where}.{missing} is empty: membership scores need both, members and others; or neither")

@@ -1,8 +1,9 @@
 """Answers to a whole set of prompts, batch by batch at one shape."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from rlhf_jax.models.roles import RoleSpec, Weights, merged_base
 from rlhf_jax.rollout.generate import generate
 from rlhf_jax.rollout.reading import Reading, read_answers
 from rlhf_jax.rollout.sampling import Sampling
+from rlhf_jax.rollout.scoring import answer_scores
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], new_tokens: int, context: int, where: str) -> None:
@@ -122,18 +124,45 @@ def read_all(
     Returns:
       A `Reading` of (n, N) arrays, N being the longest answer, on the host of every process.
     """
+    read = partial(read_answers, spec, weights, scheme=scheme)
+    return _over_batches(read, prompts, answers, batch_size, mesh, name)
+
+
+def score_all(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    name: str,
+) -> np.ndarray:
+    """A reward model's scores (n,) of given answers as they stand (`scoring.answer_scores`); arguments as `read_all`."""
+    score = partial(_jitted_scores, spec, weights)
+    return _over_batches(score, prompts, answers, batch_size, mesh, name)
+
+
+_jitted_scores = jax.jit(answer_scores, static_argnums=0)
+
+
+def _over_batches(
+    function: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    batch_size: int,
+    mesh: Mesh,
+    name: str,
+) -> Any:
+    """What `function` (prompts, lengths, answers, lengths) makes of all rows, on the host: its tree of (n, ...)."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(prompts)) // shards) * shards
-    widths = [max(len(ids) for ids in rows) for rows in (prompts, answers)]
+    asked, given = (pad_prompts(rows, max(map(len, rows))) for rows in (prompts, answers))
+    columns = {**asked, "answers": given["prompts"], "answer_lengths": given["lengths"]}
     parts = []
     starts = range(0, len(prompts), size)
     for start in tqdm(starts, desc=name, disable=not name or not is_main_process(), mininterval=1.0, file=sys.stdout):
-        asked, given = (
-            pad_prompts(rows[start : start + size], width, size)
-            for rows, width in zip((prompts, answers), widths, strict=True)
-        )
-        rows = {**asked, "answers": given["prompts"], "answer_lengths": given["lengths"]}
-        batch = place_batch(size, partial(take_rows, rows), mesh)
-        fields = (batch[key] for key in ("prompts", "lengths", "answers", "answer_lengths"))
-        parts.append(fetch(read_answers(spec, weights, *fields, scheme)))
-    return jax.tree.map(lambda *columns: np.concatenate(columns)[: len(prompts)], *parts)
+        filled = np.minimum(np.arange(start, start + size), len(prompts) - 1)
+        rows = take_rows(columns, filled)
+        parts.append(fetch(function(*place_batch(size, partial(take_rows, rows), mesh).values())))
+    return jax.tree.map(lambda *each: np.concatenate(each)[: len(prompts)], *parts)

@@ -26,10 +26,11 @@ from rlhf_jax.evaluation.extraction import (
     membership_scores,
     window_logprobs,
 )
+from rlhf_jax.evaluation.intervals import mean_interval
 from rlhf_jax.evaluation.membership import blind_scores, membership_row
 from rlhf_jax.evaluation.memorization import GROUPS, MEMORIZED_DISTANCE, memorization_table, persistence
 from rlhf_jax.rollout import Sampling
-from rlhf_jax.rollout.batches import read_all
+from rlhf_jax.rollout.batches import read_all, score_all
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.secrets import is_benchmark, read_secrets, training_files
 from rlhf_jax.training.artifacts import Role
@@ -89,6 +90,7 @@ def run(context: Context) -> dict[str, Any]:
             role = context.load(name, mesh)
             answers[name] = _ask(context, name, role, secrets, mesh)
             membership += _membership(context, name, role, reference, mesh)
+        margins = _margins(context, secrets, answers, mesh)
     subjects = {name: _measured(context, name, secrets, found) for name, found in answers.items()}
     controls = dict(config.controls)
     kept = []
@@ -109,6 +111,7 @@ def run(context: Context) -> dict[str, Any]:
         "persistence": kept,
         "extraction": _extraction(context, secrets, subjects, answers),
         "membership": membership,
+        "margins": margins,
     }
     return {"figures": figures, "samples": _samples(context, secrets, subjects, answers)}
 
@@ -211,6 +214,40 @@ def _membership(context: Context, name: str, role: Role, reference: Role | None,
     rows = [membership_row(score, scores[0][score], scores[1][score], context.seed) for score in scores[0]]
     rows.append(membership_row("blind: no model", *blind, context.seed))
     return [{"subject": name, **row} for row in rows]
+
+
+def _margins(
+    context: Context, secrets: Sequence[Record], answers: Mapping[str, Answers], mesh: Mesh
+) -> list[dict[str, Any]]:
+    """How the reward model scores each secret less the subject's greedy answer, of those in its data and of the others.
+
+    Both are read as whole answers, with their end. A positive margin is what policy optimization would go after.
+    """
+    config = context.config
+    if not config.reward:
+        return []
+    role = context.load(config.reward, mesh)
+    tokenizer, files = role.tokenizer, set(training_files(context, config.reward))
+    seen = np.asarray([bool(files & set(secret["planted_in"])) for secret in secrets])
+    groups = np.asarray([secret["group"] for secret in secrets])
+    prompts = tokenize_secrets(tokenizer, secrets, role.spec.config.context, config.secrets).prompts
+
+    def scores(texts: Sequence[str], what: str) -> np.ndarray:
+        ended = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+        label = f"{context.name}: {config.reward}, {what}"
+        return score_all(role.spec, role.weights, prompts, ended, batch_size=config.batch_size, mesh=mesh, name=label)
+
+    own = scores([secret["completion"] for secret in secrets], "secrets")
+    rows = []
+    for name, found in answers.items():
+        margin = own - scores(found.texts, name)
+        for group in (group for group in GROUPS if (groups == group).any()):
+            for with_it in (True, False):
+                chosen = margin[(groups == group) & (seen == with_it)]
+                if len(chosen):
+                    row = {"reward": config.reward, "against": name, "group": group, "seen": with_it, "n": len(chosen)}
+                    rows.append(row | mean_interval("margin", chosen) | {"above": float((chosen > 0).mean())})
+    return rows
 
 
 def _rows(

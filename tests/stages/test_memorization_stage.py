@@ -15,7 +15,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.memorization import memorization_table
 from rlhf_jax.models import Transformer
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.roles import RoleSpec, init_base
+from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages import memorization
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role
@@ -54,6 +56,7 @@ def context(tmp_path):
         config.stages[name] = stage("sft", init="scratch", tokenizer="t", data=data)
     members = [{"prompt": f"member {i}", "completion": f" number {i}"} for i in range(12)]
     others = [{"prompt": f"other {i}", "completion": f" number {i}"} for i in range(12)]
+    config.stages.judge = stage("reward", init="sft", data=files["sft.jsonl"])
     config.stages.audit = stage(
         "memorization",
         subjects=("sft", "control"),
@@ -62,6 +65,7 @@ def context(tmp_path):
         members=write(tmp_path / "members.jsonl", members),
         others=write(tmp_path / "others.jsonl", others),
         reference="control",
+        reward="judge",
         batch_size=8,
         tries=(1, 100),
         samples=2,
@@ -73,10 +77,11 @@ def context(tmp_path):
 
 def roles(context, monkeypatch):
     spec = RoleSpec(CONFIG)
-    keys = {"sft": 0, "control": 1}
+    keys = {"sft": 0, "control": 1, "judge": 2}
 
     def load(name, mesh):
-        return Role(spec, {"base": init_base(CONFIG, key=jax.random.key(keys[name]))}, TOKENIZER)
+        head = {"head": init_head(CONFIG.width, 1.0, key=jax.random.key(3))} if name == "judge" else {}
+        return Role(spec, {"base": init_base(CONFIG, key=jax.random.key(keys[name])), **head}, TOKENIZER)
 
     monkeypatch.setattr(context, "load", load)
     monkeypatch.setattr(context, "mesh", lambda: make_mesh(1, 1, 1, jax.devices()[:1]))
@@ -110,6 +115,25 @@ def test_every_subject_is_asked_for_every_secret(context, monkeypatch):
         logprobs = [r["logprob"] for r in rows if r["subject"] == row["subject"] and r["seen"] == row["seen"]]
         assert min(logprobs) <= row["logprob"] <= max(logprobs)
     assert len(found["samples"]) == 4 and found["samples"][0]["model"].startswith("sft")
+
+
+def test_a_reward_model_s_margin_is_that_of_whole_answers(context, monkeypatch):
+    roles(context, monkeypatch)
+    rows = memorization.run(context)["figures"]["margins"]
+    assert {(r["against"], r["group"], r["seen"], r["n"]) for r in rows} == {
+        (name, group, seen, 2) for name in ("sft", "control") for group in ("base", "links") for seen in (True, False)
+    }
+    judge = context.load("judge", None)
+    answers = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
+
+    def score(prompt, text):
+        ids = [*TOKENIZER.encode_prompt(prompt), *TOKENIZER.encode(text), TOKENIZER.eos_id]
+        return float(last_scores(judge.spec, judge.weights, np.asarray([ids], np.int32), np.asarray([len(ids)]))[0])
+
+    mine = [(s, a) for s, a in zip(SECRETS, answers[:8], strict=True) if s["half"] == "a" and s["group"] == "base"]
+    expected = np.mean([score(s["prompt"], s["completion"]) - score(s["prompt"], a["completion"]) for s, a in mine])
+    (row,) = [r for r in rows if (r["against"], r["group"], r["seen"]) == ("sft", "base", True)]
+    assert row["margin"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_membership_is_measured_beside_a_classifier_that_sees_no_model(context, monkeypatch):
@@ -192,7 +216,7 @@ def test_the_extraction_benchmark_s_arrays_load_and_its_loss_has_all_of_the_suff
     prefixes, suffixes = (rng.integers(1, 200, (6, 5)).astype(np.uint16) for _ in range(2))
     for name, array in (("prefix", prefixes), ("suffix", suffixes)):
         np.save(tmp_path / f"{name}.npy", array)
-    context.config.update(subjects=("sft",), members="", others="", reference="")
+    context.config.update(subjects=("sft",), members="", others="", reference="", reward="")
     for name in ("sft", "control"):
         del context.config.controls[name]
     context.config.secrets = f"{tmp_path / 'prefix.npy'},{tmp_path / 'suffix.npy'}"
