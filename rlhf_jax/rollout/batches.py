@@ -138,7 +138,7 @@ def score_all(
     mesh: Mesh,
     name: str,
 ) -> np.ndarray:
-    """A reward model's scores (n,) of given answers as they stand (`scoring.answer_scores`); arguments as `read_all`."""
+    """A reward model's scores (n,) of given answers as they stand (`answer_scores`); arguments as for `read_all`."""
     score = partial(_jitted_scores, spec, weights)
     return _over_batches(score, prompts, answers, batch_size, mesh, name)
 
