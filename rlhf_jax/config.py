@@ -330,6 +330,7 @@ PRODUCED = {  # kind -> files it leaves for others
     ),
     "tokenizer": ("tokenizer.model",),
     "best_of_n": ("best.jsonl", "pairs.jsonl"),
+    "reward": ("pairs.jsonl",),  # of schema "completion": what it was trained on
 }
 # Changing these never changes what a finished stage holds, up to rounding.
 NOT_SEMANTIC = ("mesh", "checkpoint")

@@ -4,7 +4,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import PRODUCED, is_folder, is_function, is_private, references, reward_sources, stage_order
+from rlhf_jax.config import is_folder, is_function, is_private, references, reward_sources, stage_order
 from rlhf_jax.errors import UserError
 
 PUBLIC = "public"  # made of data that hides nobody
@@ -110,7 +110,7 @@ def _check_feeding(config: ConfigDict, name: str, kinds: dict[str, str]) -> None
         own_data = field in ("data", "evaluation.data", "evaluation.secrets", "ptx.data")
         if own_data or head not in kinds or kinds[head] != RAW:
             continue
-        made = "made" if config.stages[head].kind in PRODUCED else "trained"
+        made = "trained" if "optimizer" in config.stages[head] else "made"
         raise UserError(
             f'{where}.{field} is "{value}", {made} from private data without privacy: give stages.{head} a '
             "privacy.epsilon too, or declare its data in privacy.public"

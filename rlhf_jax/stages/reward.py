@@ -1,11 +1,13 @@
 """The reward model: Bradley-Terry on preference pairs, or on each record's own continuation against a policy's sample.
 
-Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1. With the
+Writes the model with its head calibrated: samples of the reference policy score mean 0, standard deviation 1. Pairs
+with samples are left as `pairs.jsonl` {id, prompt, chosen, rejected}, for other stages to train on the same. With the
 schema "label" it is a classifier of texts instead (`stages.reward_labels`); its score stays the log-odds of the label.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from rlhf_jax.config import is_private
 from rlhf_jax.data.examples import answer_ids, completion_example, show_example
 from rlhf_jax.data.order import in_batches, without_padding
 from rlhf_jax.data.pairs import answers_of, pad_answers, save_arrays, tokenize_answers
+from rlhf_jax.data.records import write_records
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
 from rlhf_jax.distributed.sharding import place_batch
@@ -28,6 +31,7 @@ from rlhf_jax.objectives import bradley_terry_loss
 from rlhf_jax.objectives.records import Objective, RecordLosses
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all, check_lengths
+from rlhf_jax.rollout.reencode import answer_text
 from rlhf_jax.rollout.scoring import last_scores
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.private import Private, owners_of, units_of
@@ -128,10 +132,21 @@ def _make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part:
             numbers = [i for i, _, _, _ in rows]
             pairs |= {name: column[numbers] for name, column in owners_of(context, records, data).items()}
         if is_main_process():
+            if config.schema == "completion" and part == "train":
+                write_records(context.folder / "pairs.jsonl", _as_records(policy.tokenizer, records, rows))
             save_arrays(file, {**pairs, "dropped": np.asarray(dropped), "skipped": np.asarray(skipped)})
         barrier(f"pairs {part}")
     with np.load(file) as saved:
         return dict(saved)
+
+
+def _as_records(tokenizer: Tokenizer, records: list[dict[str, Any]], rows: list[Pair]) -> Iterator[dict[str, Any]]:
+    """The pairs as texts, answers without the tokens that end them; left out where a text is empty or both are one."""
+    for number, (i, _, *answers) in enumerate(rows):
+        chosen, rejected = (answer_text(tokenizer, ids, ended=True) for ids in answers)
+        if chosen and rejected and chosen != rejected:
+            name = f"{records[i].get('id', i)}/{number}"
+            yield {"id": name, "prompt": records[i]["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def _place(pairs: Pairs, rows: np.ndarray, epochs: np.ndarray, mesh: Mesh) -> dict[str, jax.Array]:

@@ -5,10 +5,12 @@ import math
 import os
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tiny import STAGES, TRAINED, copy_stages, files, model_info, read_rows, result, run_main, write_config
 
+from rlhf_jax.data import load_tokenizer
 from rlhf_jax.distributed import make_mesh
 from rlhf_jax.training.artifacts import load_role
 
@@ -124,6 +126,22 @@ def test_adapters_train_in_every_stage(with_adapters):
     prints = [model_info(workdir, stage)["fingerprints"]["adapters"] for stage in ("sft", "reward", "ppo")]
     assert len(set(prints)) == 3
     assert result(workdir, "sft")["figures"]["loss/eval"] < result(workdir, "sft")["figures"]["loss/eval_start"]
+
+
+def test_a_reward_stage_leaves_its_sampled_pairs_as_texts(finished):
+    folder = finished[0] / "reward"
+    tokenizer = load_tokenizer(finished[0] / "prepare" / "tokenizer.model")
+    with np.load(folder / "data" / "pairs_train.npz") as saved:
+        pairs = dict(saved)
+    expected = []
+    for tokens, lengths, answers in zip(pairs["tokens"], pairs["lengths"], pairs["answer_lengths"], strict=True):
+        rows = [row[n - m : n].tolist() for row, n, m in zip(tokens, lengths, answers, strict=True)]
+        texts = [tokenizer.decode([token for token in row if token not in tokenizer.stop_ids]) for row in rows]
+        if all(texts) and texts[0] != texts[1]:
+            expected.append(texts)
+    records = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert [[r["chosen"], r["rejected"]] for r in records] == expected and len(records) > 20
+    assert len({r["id"] for r in records}) == len(records)
 
 
 def test_a_stage_appended_to_the_config_runs_on_what_is_there(finished, source, tmp_path):
