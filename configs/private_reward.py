@@ -8,7 +8,7 @@ whole dialogues. These are the published test splits; here their records are cut
 all pairs of one prompt are in one part: 30 % D1 (fine-tuning on the chosen answers), 40 % D2 (pairs), 20 % D3
 (prompts), and 10 % declared public, to judge by. Pairs whose answers are equal are dropped.
 
-The unit is the prompt: all pairs of one dialogue are one unit, of which two are read at most. The three parts are
+The unit is the prompt: all pairs of one dialogue are one unit, of which one is read. The three parts are
 disjoint, so all three stages together claim what the dearest one spends (`privacy.json`).
 
 The paper's size, by the same fields with a GPT-2 folder in MODEL's place and Reddit TL;DR in PAIRS': fine-tuning batch
@@ -66,7 +66,7 @@ def get_config(argument="stories260k,hh-rlhf"):
     config = experiment(seed=0)
     config.privacy.update(public=(public,))
     stages = config.stages
-    privacy = dict(epsilon=EPSILON, delta=DELTA, unit="dialogue", contribution=2)
+    privacy = dict(epsilon=EPSILON, delta=DELTA, unit="dialogue")
     rate = dict(schedule="constant", weight_decay=0.01, clip_norm=0.0, b2=0.999)
     stages.sft = stage(
         "sft",
@@ -77,7 +77,7 @@ def get_config(argument="stories260k,hh-rlhf"):
         sequence_length=384,
         batch_size=128,
         accumulation=8,
-        epochs=5.0,
+        epochs=3.0,
         lora=LORA,
         optimizer=dict(learning_rate=3e-3, **rate),
         privacy=privacy,
@@ -94,7 +94,7 @@ def get_config(argument="stories260k,hh-rlhf"):
         max_new_tokens=32,
         batch_size=128,
         accumulation=8,
-        epochs=5.0,
+        epochs=3.0,
         rollout_batch_size=64,
         lora=LORA,
         optimizer=dict(learning_rate=3e-3, **rate),

@@ -6,6 +6,8 @@ from typing import Any
 
 from rlhf_jax.privacy.accounting import Mechanism, composed_epsilon
 
+WEAK = 10  # an epsilon above it is said to promise little
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -75,12 +77,14 @@ def statement(
       discarded: runs whose stages were deleted from the work directory, which count all the same.
     """
     said = [
-        f"Covered: the models of {', '.join(names)}, whatever is done with them, and their logs. Whoever sees them all "
-        f"learns little about any one {unit} of the private data: (epsilon, delta) = ({claim['epsilon']:.4g}, "
-        f"{claim['delta']:.3g}) for its being there or not, epsilon {claim['epsilon_replace_one']:.4g} for its being "
-        "replaced by another one.",
+        f"Covered: the models of {', '.join(names)}, whatever is done with them, and their logs. What can be learned "
+        f"from all of them of any one {unit} of the private data is bounded: (epsilon, delta) = "
+        f"({claim['epsilon']:.4g}, {claim['delta']:.3g}) for its being there or not, epsilon "
+        f"{claim['epsilon_replace_one']:.4g} for its being replaced by another one.",
         f"How many units ({unit}) each data set has is public.",
     ]
+    if claim["epsilon"] > WEAK:
+        said.append(f"An epsilon above {WEAK} rules little out in the worst case; a stage's own claim may be smaller.")
     if public:
         said.append(f"Not covered, declared public: {', '.join(public)}.")
     if trusted:

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
 FIGURE_SIZE = (4.4, 2.9)  # inches; small, so that the text stays readable on a telephone
+MAX_BARS = 20
 MAX_POINTS = 400  # longer curves show means of consecutive points
 
 _STYLE: dict[Any, Any] = {
@@ -70,8 +71,10 @@ def time_bars(seconds: Mapping[str, float]) -> str:
     """Horizontal bars of wall time by stage, the first on top, in the unit that suits the longest.
 
     Args:
-        seconds: stage -> wall time in seconds.
+        seconds: stage -> wall time in seconds; of many stages the `MAX_BARS` longest are shown.
     """
+    least = sorted(seconds.values(), reverse=True)[:MAX_BARS][-1]
+    seconds = {name: value for name, value in seconds.items() if value >= least}
     longest = max(seconds.values())
     unit, scale = ("hours", 3600) if longest >= 7200 else ("minutes", 60) if longest >= 120 else ("seconds", 1)
     values = [value / scale for value in seconds.values()]

@@ -12,10 +12,11 @@ from rlhf_jax.reporting import plots
 from rlhf_jax.reporting.curves import CURVES, TOGETHER, Curve
 from rlhf_jax.reporting.memorization_card import memorization_headlines, memorization_plots
 from rlhf_jax.reporting.plots import Plot, is_number, plot
-from rlhf_jax.reporting.privacy_card import privacy_card
+from rlhf_jax.reporting.privacy_card import Privacy, privacy_card
 from rlhf_jax.reporting.tables import Table, duration, figure_tables, memorization_rates, number, time_table
 
 VISIBLE_SAMPLES = 3  # the other samples of a stage are folded away
+VISIBLE_HEADLINES, VISIBLE_SECTIONS = 12, 12  # the other figures are folded away, and of more stages every one
 
 
 @dataclass
@@ -55,6 +56,7 @@ def write_report(workdir: Path) -> Path:
     seconds = {name: result.get("seconds") or 0.0 for name, result in results.items()}
     targets = _kl_targets(config or {})
     sections = [_section(name, result, metrics[name], targets.get(name)) for name, result in results.items()]
+    privacy = privacy_card(_read_json(workdir / "privacy.json"), results, config or {})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -65,13 +67,15 @@ def write_report(workdir: Path) -> Path:
     page = environment.get_template("report.html.jinja").render(
         title=workdir.resolve().name,
         seed=summary.get("seed"),
-        headlines=_headlines(results, metrics, seconds),
+        headlines=_headlines(results, metrics, seconds, privacy),
         stages=time_table(results, seconds),
-        time_plot=plot(plots.time_bars(seconds), "Wall time of each stage.") if any(seconds.values()) else None,
+        time_plot=plot(plots.time_bars(seconds), _time_caption(seconds)) if any(seconds.values()) else None,
         together=_together(results, metrics, targets),
-        privacy=privacy_card(_read_json(workdir / "privacy.json"), results, config or {}),
+        privacy=privacy,
         sections=sections,
         visible_samples=VISIBLE_SAMPLES,
+        visible_headlines=VISIBLE_HEADLINES,
+        visible_sections=VISIBLE_SECTIONS,
         number=number,
         max_points=plots.MAX_POINTS,
         config=json.dumps(config, indent=2, ensure_ascii=False) if config is not None else None,
@@ -79,6 +83,10 @@ def write_report(workdir: Path) -> Path:
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _time_caption(seconds: Mapping[str, float]) -> str:
+    return "Wall time of each stage." if len(seconds) <= plots.MAX_BARS else f"The {plots.MAX_BARS} longest stages."
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -185,10 +193,16 @@ def _reward_kl_plots(metrics: list[dict], figures: Mapping) -> list[Plot]:
 
 
 def _headlines(
-    results: Mapping[str, Mapping], metrics: Mapping[str, list[dict]], seconds: Mapping[str, float]
+    results: Mapping[str, Mapping],
+    metrics: Mapping[str, list[dict]],
+    seconds: Mapping[str, float],
+    privacy: Privacy | None,
 ) -> list[tuple[str, str]]:
     """The strip at the top: (label, value) of the total time, the stages, and each stage's figure of merit."""
     found = [("total time", duration(sum(seconds.values()))), ("stages", str(len(results)))]
+    if privacy:
+        epsilon, _, delta = privacy.headline.partition(" at ")
+        found.append((f"all private stages together, at {delta}", epsilon))
     for name, result in results.items():
         kind, figures = result.get("kind"), result.get("figures") or {}
         if kind == "sft" and (loss := _last(metrics[name], "loss/eval")) is not None:

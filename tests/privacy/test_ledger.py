@@ -54,3 +54,11 @@ def test_the_statement_names_what_is_not_covered():
     text = "\n".join(said)
     for part in ("any one author", "(4, 4e-05)", "quiz", "test.jsonl", "gpt2", "1 earlier run", "tuned", "privacy.key"):
         assert part in text
+
+
+def test_a_large_epsilon_is_said_to_promise_little():
+    for factor, warned in ((1, False), (3, True)):
+        own = claim([], ("sft", SFT))
+        own["epsilon"] *= factor
+        said = statement(own, unit="author", names=["sft"], raw=[], public=[], trusted=[], discarded=0)
+        assert any("rules little out" in sentence for sentence in said) == warned

@@ -45,6 +45,11 @@ def test_wall_times_are_in_the_unit_of_the_longest(longest, unit):
     assert f"wall time ({unit})" in texts(plots.time_bars({"sft": 30.0, "ppo": longest}))
 
 
+def test_of_many_stages_the_longest_are_shown():
+    shown = texts(plots.time_bars({f"stage {i}": float(i) for i in range(30)}))
+    assert [name for name in shown if name.startswith("stage")] == [f"stage {i}" for i in range(10, 30)]
+
+
 def test_values_that_are_not_finite_are_left_out():
     assert plots._finite([1, 2, 3], [1.0, math.nan, math.inf]) == ([1], [1.0])
     bars = {"base": [(0.5, 0.4, 0.6), (math.nan, math.nan, math.nan)], "links": [(None, None, None)] * 2}

@@ -177,3 +177,14 @@ def test_private_runs_are_shown_against_their_epsilon(tmp_path):
     assert "Covered: &lt;nothing&gt;." in page and "epsilon 8 at delta 1e-05" in page
     assert "after ppo on zero" in page  # the control, as the others' reward judges it
     assert "J 12, p 0.0111" in page  # each later pair above each earlier one: one order of 6! / 2!^3 = 90
+
+
+def test_a_sweep_of_many_stages_is_folded(tmp_path):
+    """Fifteen stages: twelve figures stay in sight, the others and every stage's section are folded away."""
+    stages = {f"ppo_{i}": ("ppo", PPO_FIGURES, [], None) for i in range(15)}
+    page = write_report(write_workdir(tmp_path / "sweep", stages)).read_text()
+    strip, _, rest = page.partition("5 more figures")  # time and number of stages, then one a stage: 17
+    assert strip.count('class="key"') == 12 and rest.count('class="key"') == 5
+    assert page.count('<details class="card">') == page.count('<summary class="heading">') == 15
+    few = write_report(write_workdir(tmp_path / "few", dict(list(stages.items())[:3]))).read_text()
+    assert "more figures" not in few and '<details class="card">' not in few
