@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.metrics import MetricsLog, Progress
 
 Tree = Any
+IN_FLIGHT = 2  # iterations that the device may be behind the host: it never waits, and a signal never waits long
 _stop = {"signal": 0}
 
 
@@ -116,6 +118,7 @@ def run_loop(
     progress = Progress(name, schedule.iterations, done, memory.get("seconds", 0.0))
     evaluations: dict[str, Any] = memory.get("evaluations", {})
     mark, marked = time.monotonic(), done
+    in_flight: deque[Any] = deque()  # metrics of iterations that the device may still be at
 
     def note_evaluation(iteration: int, params: Tree) -> dict[str, Any]:
         row = {k: np.asarray(v).item() for k, v in evaluate(params, iteration).items()}  # type: ignore[misc]
@@ -149,6 +152,9 @@ def run_loop(
             log.write(0, note_evaluation(0, state.params))
         for iteration in range(done + 1, total + 1):
             state, metrics = advance_or_save(iteration)
+            in_flight.append(metrics)
+            if len(in_flight) > IN_FLIGHT:  # further ahead, a signal would wait long for all that is asked for
+                jax.block_until_ready(in_flight.popleft())
             ended_early = watch(iteration, metrics) if watch is not None else ""
             last = iteration == total or bool(ended_early)
             row: dict[str, Any] = {}
