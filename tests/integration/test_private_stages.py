@@ -213,6 +213,7 @@ def test_other_data_at_resume_is_refused(config, whole, tmp_path):
     assert "private_ppo: the training data is not what this private stage was begun with" in refused(config, workdir)
 
 
+@pytest.mark.slow  # the ledger's own test is in tests/stages/test_provenance.py
 def test_a_deleted_stage_still_counts(config, whole, tmp_path):
     workdir = copy_stages(whole, tmp_path / "work", ("prepare", "pretrain", *STAGES))
     for name in ("privacy.key", "privacy.json"):

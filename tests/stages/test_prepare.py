@@ -46,7 +46,7 @@ def run(source, folder, seed=0, **changes):
             "completion_tokens": 56,
             "examples": {"sft": 60, "preference": 40, "prompts": 40, "heldout": 40},
             "near_duplicate_threshold": 0.7,
-            "secrets": {"per_cell": 4, "duplicates": (1, 4)},
+            "secrets": {"per_cell": 4, "duplicates": (1, 4), "stages": ("sft",), "kinds": ("path",), "fuzzy": 0.0},
         }
     )
     config.update_from_flattened_dict(changes)
