@@ -24,6 +24,7 @@ from rlhf_jax.data import poisson
 from rlhf_jax.data.units import group_units
 from rlhf_jax.errors import UserError
 from rlhf_jax.objectives import adaptive_kl_step
+from rlhf_jax.privacy import noise
 from rlhf_jax.privacy.accounting import epsilon
 from rlhf_jax.rollout import Rollout, Sampling
 from rlhf_jax.rollout.scoring import RoleScores
@@ -205,7 +206,8 @@ def recorder() -> optax.GradientTransformation:
 def iteration(minibatches: int = 1, uses: int = 1, *, noisy: bool = False, **changes: Any) -> Iterator[Any]:
     """The function (scores (rows,), present=all, seed=0) -> (gradients (steps, numbers), metrics, KL coefficient).
 
-    Rollout and its scoring are random numbers; everybody is drawn into every minibatch, each of `ANSWERS` units.
+    Rollout and its scoring are random numbers; everybody is drawn into every minibatch, each of `ANSWERS` units. The
+    secret root and the run's nonce are fixed here, so that what is seen once is seen always.
     """
     config = ppo_experiment(clip_norm=PPO_CLIP, released_share=0.25 if noisy else 0.0, physical_batch=ANSWERS)
     config.stages.ppo.update(minibatches=minibatches, epochs=uses, estimator="reinforce++", samples=1, **changes)
@@ -228,7 +230,9 @@ def iteration(minibatches: int = 1, uses: int = 1, *, noisy: bool = False, **cha
     given: dict[str, Any] = {}
     shape = private.Shape(3, ANSWERS, 1, minibatches, uses)
     mesh, table = harness.mesh(), mock.patch.object(updates, "answer_logprobs", bigram)
-    with workdir(config) as begin, table, jax.set_mesh(mesh):
+    root = mock.patch.object(noise, "new_root", lambda: (1, 2))
+    nonce = mock.patch.object(private.secrets, "token_hex", lambda size: "0" * 2 * size)
+    with workdir(config) as begin, table, root, nonce, jax.set_mesh(mesh):
         side = begin(shape, ANSWERS)
         drawn = private_ppo.Drawn(SimpleNamespace(config=config.stages.ppo), side, mesh)
         drawn.present = lambda number: jnp.asarray(given["present"])  # type: ignore[method-assign]
