@@ -291,6 +291,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "memorization": dict(
         subjects=(),  # stages, or checkpoint folders, whose models are asked; at least one
         controls=dict(),  # subject -> the stage trained on the complementary half
+        conditions=(),  # (name, (subject, ...)) each: runs that repeat one another on either half, shown as one
         secrets="prepare/secrets.jsonl",  # a manifest, any records {prompt, completion}, or PREFIXES.npy,SUFFIXES.npy
         held_out="",  # data like it that no stage was trained on
         sampling=dict(temperature=1.0, top_k=40, top_p=1.0),  # the scheme by which secrets are tried to be got out

@@ -170,6 +170,13 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
         if subject not in stages or stages[subject].kind not in POLICIES:
             hint = nearest(subject, [n for n in stages if stages[n].kind in POLICIES])
             raise UserError(f'{where} asks "{subject}", which is no {", ".join(POLICIES)} stage and no folder: {hint}')
+    for condition in config.conditions:
+        if len(condition) != 2 or isinstance(condition[1], str) or not condition[1]:
+            raise UserError(f"{where}.conditions has {condition!r}: give (name, (subject, ...)) each")
+        for subject in condition[1]:
+            if subject not in config.subjects:
+                hint = nearest(subject, config.subjects)
+                raise UserError(f'{where}.conditions: "{condition[0]}" has "{subject}", which is no subject: {hint}')
     if "," in config.reward or is_function(config.reward):
         raise UserError(f'{where}.reward is "{config.reward}": name one reward stage')
     if bool(config.members) != bool(config.others):

@@ -20,11 +20,12 @@ from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.distances import next_row
-from rlhf_jax.models.roles import RoleSpec, Weights, merged_base
+from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.rollout import Sampling, generate
-from rlhf_jax.rollout.batches import bucket_widths, narrowest, take_rows
+from rlhf_jax.rollout.batches import bucket_widths, merged, narrowest, take_rows
 
 Array = jax.Array
+ROUNDED = 32  # tokens
 SLACK = 1e-6  # of a normalized distance: one edit in ten tokens is near at a threshold of 0.1
 
 
@@ -121,7 +122,7 @@ def complete(
     written, edits, censored = agreed.copy(), np.zeros(len(targets), np.int32), np.zeros(len(targets), bool)
     decoded = np.zeros(len(targets), np.float32)
 
-    base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
+    base = merged(spec, weights)
     decoding = Sampling(wanted.shape[1], temperature=0.0, stop_ids=stop_ids)
     batches = _batches(drafted, lengths - agreed, batch_size, mesh, buckets)
     quiet = not is_main_process() or not batches
@@ -139,13 +140,18 @@ def complete(
 def _batches(
     drafted: Sequence[Sequence[int]], left: np.ndarray, size: int, mesh: Mesh, buckets: Sequence[int]
 ) -> list[tuple[int, int, list[int]]]:
-    """(width, rows, row numbers) of each batch; rows that have about as many tokens left (n,) run together."""
+    """(width, rows, row numbers) of each batch; rows that have about as many tokens left (n,) run together.
+
+    How many rows wait, and how long their drafts are, differs from model to model: rows are rounded up to a power of
+    two and the longest width to a multiple of `ROUNDED`, so that a program serves many models.
+    """
     waiting = [int(i) for i in np.argsort(-left, kind="stable") if left[i]]
     if not waiting:
         return []
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(size, len(waiting)) // shards) * shards
-    widths = bucket_widths(buckets, max(len(drafted[i]) for i in waiting))
+    size = -(-min(size, 1 << (len(waiting) - 1).bit_length()) // shards) * shards
+    longest = -(-max(len(drafted[i]) for i in waiting) // ROUNDED) * ROUNDED
+    widths = bucket_widths(buckets, longest)
     groups: dict[int, list[int]] = {width: [] for width in widths}
     for number in waiting:
         groups[narrowest(widths, len(drafted[number]))].append(number)

@@ -7,13 +7,13 @@ from statistics import NormalDist
 import numpy as np
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a binomial share.
 
         (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  p = successes / n
 
     Args:
-        successes: how many of the `n` trials succeeded.
+        successes: how many of the `n` trials succeeded; a trial may count in part.
         n: number of trials; 0 has no interval.
         confidence: coverage of the two-sided interval, between 0 and 1.
 
@@ -41,7 +41,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def newcombe_difference(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tuple[float, float, float]:
+def newcombe_difference(k1: float, n1: int, k2: float, n2: int, confidence: float = 0.95) -> tuple[float, float, float]:
     """Newcombe's hybrid score interval of the difference of two independent shares, k1 / n1 - k2 / n2.
 
     With (l, u) the Wilson interval of each share and d the difference:

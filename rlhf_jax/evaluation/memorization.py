@@ -6,7 +6,7 @@ file path of a link) and `planted_in` (stages). A subject is a measured model, a
     distance  (N,) float, normalized edit distance of the greedy completion, cut to the target's length, to the target
     characters  (N,) float, the same of their texts, NaN where it is not known and `distance` is large; may be missing
     recalled  (N,) bool, whether the completion holds the link's exact path; False for base secrets
-    seen      (N,) bool, whether the training data of this model or of an ancestor held the secret
+    seen      (N,) bool, whether the training data of this model held the secret, or of one that it was made from
 
 A base secret is memorized when both distances are at most `MEMORIZED_DISTANCE`, a link when its path is recalled.
 Reference: Pappu et al. (2024), "Measuring memorization in RLHF for code completion", arXiv 2406.11715.
@@ -65,7 +65,7 @@ def memorization_table(
                 "n_held_out": int(held_out.sum()),
             }
             for prefix in ("", "distance_") if group == "links" else ("",):
-                hits = _memorized(secrets, measured, by_distance=prefix == "distance_")
+                hits = memorized(secrets, measured, by_distance=prefix == "distance_")
                 row |= _rate(f"{prefix}included", hits, included)
                 row |= _rate(f"{prefix}held_out", hits, held_out)
                 if control is None:
@@ -73,7 +73,7 @@ def memorization_table(
                         row[f"{prefix}counterfactual_{name}"] = None
                 else:
                     comparable = included & ~np.asarray(subjects[control]["seen"], bool)
-                    control_hits = _memorized(secrets, subjects[control], by_distance=prefix == "distance_")
+                    control_hits = memorized(secrets, subjects[control], by_distance=prefix == "distance_")
                     row[f"{prefix}counterfactual_n"] = int(comparable.sum())
                     row |= _rate(f"{prefix}counterfactual", hits & ~control_hits, comparable)
                 difference = newcombe_difference(
@@ -114,8 +114,8 @@ def persistence(
     pool = np.asarray(subjects[before]["seen"], bool)
     if controls.get(before) is not None:
         control = subjects[controls[before]]
-        pool = pool & ~np.asarray(control["seen"], bool) & ~_memorized(secrets, control)
-    earlier, later = _memorized(secrets, subjects[before]), _memorized(secrets, subjects[after])
+        pool = pool & ~np.asarray(control["seen"], bool) & ~memorized(secrets, control)
+    earlier, later = memorized(secrets, subjects[before]), memorized(secrets, subjects[after])
     rows = []
     for group, duplicates, chosen in _cells(secrets):
         cell = chosen & pool
@@ -141,6 +141,18 @@ def persistence(
     return rows
 
 
+def memorized(secrets: Sequence[Mapping], subject: Mapping, by_distance: bool = False) -> np.ndarray:
+    """(N,) bool: entity recalled for links, completion near the target for base; `by_distance` near for both."""
+    # The slack keeps 1 edit in 10 tokens memorized: in float32 the quotient may come out one rounding above 0.1.
+    near = np.asarray(subject["distance"], float) <= MEMORIZED_DISTANCE + 1e-6
+    if "characters" in subject:
+        near &= np.asarray(subject["characters"], float) <= MEMORIZED_DISTANCE + 1e-6
+    if by_distance:
+        return near
+    is_link = np.array([secret["group"] == "links" for secret in secrets], bool)
+    return np.where(is_link, np.asarray(subject["recalled"], bool), near)
+
+
 def counterfactual_scores(memorized: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """How much more often a secret comes back from the runs that saw it than from those that did not: (N,) in [-1, 1].
 
@@ -157,18 +169,6 @@ def counterfactual_scores(memorized: np.ndarray, seen: np.ndarray) -> np.ndarray
     difference = np.where(seen, memorized, 0.0).sum(0) / np.maximum(with_it, 1)
     difference -= np.where(seen, 0.0, memorized).sum(0) / np.maximum(without, 1)
     return np.where((with_it > 0) & (without > 0), difference, np.nan)
-
-
-def _memorized(secrets: Sequence[Mapping], subject: Mapping, by_distance: bool = False) -> np.ndarray:
-    """(N,) bool: path recalled for links, completion near the target for base; `by_distance` near for both."""
-    # The slack keeps 1 edit in 10 tokens memorized: in float32 the quotient may come out one rounding above 0.1.
-    near = np.asarray(subject["distance"], float) <= MEMORIZED_DISTANCE + 1e-6
-    if "characters" in subject:
-        near &= np.asarray(subject["characters"], float) <= MEMORIZED_DISTANCE + 1e-6
-    if by_distance:
-        return near
-    is_link = np.array([secret["group"] == "links" for secret in secrets], bool)
-    return np.where(is_link, np.asarray(subject["recalled"], bool), near)
 
 
 def _cells(secrets: Sequence[Mapping]) -> Iterator[tuple[str, int | str, np.ndarray]]:

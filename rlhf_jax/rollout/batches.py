@@ -46,6 +46,9 @@ def take_rows(rows: dict[str, np.ndarray], mine: np.ndarray) -> dict[str, np.nda
     return {name: field[mine] for name, field in rows.items()}
 
 
+merged = jax.jit(merged_base, static_argnums=0)  # (spec, weights) -> the base with its adapters in it
+
+
 def answer_all(
     spec: RoleSpec,
     weights: Weights,
@@ -83,7 +86,7 @@ def answer_all(
         for width, numbers in groups.items()
         for start in range(0, len(numbers), size)
     ]
-    base = jax.jit(lambda weights: merged_base(spec, weights))(weights)
+    base = merged(spec, weights)
     tokens = np.zeros((len(prompts), sampling.max_new_tokens), np.int32)
     lengths, ended = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), bool)
     for width, numbers in tqdm(batches, desc=name, disable=not is_main_process(), mininterval=1.0, file=sys.stdout):

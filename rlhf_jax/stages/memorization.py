@@ -13,12 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from rlhf_jax.config import is_private
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.asking import Answers, ask, tokenize_secrets
+from rlhf_jax.evaluation.conditions import condition_rows
 from rlhf_jax.evaluation.extraction import (
     discoverable_shares,
     exposure,
@@ -109,6 +112,7 @@ def run(context: Context) -> dict[str, Any]:
         "given_up": {name: int(found.censored.sum()) for name, found in answers.items()},
         "table": memorization_table(secrets, subjects, controls),
         "persistence": kept,
+        "conditions": _conditions(context, secrets, subjects),
         "extraction": _extraction(context, secrets, subjects, answers),
         "membership": membership,
         "margins": margins,
@@ -146,7 +150,34 @@ def _measured(context: Context, name: str, secrets: Sequence[Record], found: Ans
         "characters": found.characters,
         "recalled": found.recalled,
         "seen": np.asarray(seen),
+        "logprob": _whole(found.reading.logprobs, found),
     }
+
+
+def _whole(logprobs: Any, found: Answers) -> np.ndarray:
+    """(N,) log-probabilities of whole targets, of those of their tokens."""
+    return window_logprobs(np.asarray(logprobs), np.zeros(len(found.lengths), int), found.lengths)
+
+
+def _conditions(
+    context: Context, secrets: Sequence[Record], subjects: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """`condition_rows`, each with the coefficients of the condition's first subject: {method, kl_coef, beta,
+    learning_rate, epsilon}, None where its stage has no such field."""
+    conditions = {name: list(members) for name, members in context.config.conditions}
+    rows = condition_rows(secrets, subjects, conditions)
+    stages = context.experiment.stages
+    coefficients = {}
+    for name, (first, *_) in conditions.items():
+        stage = stages[first] if first in stages else ConfigDict()
+        coefficients[name] = {
+            "method": stage.get("loss", stage.get("kind", "")),
+            "kl_coef": stage.get("kl_coef"),
+            "beta": stage.get("beta"),
+            "learning_rate": stage.optimizer.learning_rate if "optimizer" in stage else None,
+            "epsilon": stage.privacy.epsilon if is_private(stage) else None,
+        }
+    return [row | coefficients[row["condition"]] for row in rows]
 
 
 def _extraction(
@@ -162,11 +193,8 @@ def _extraction(
     groups = np.asarray([secret["group"] for secret in secrets])
     tries = list(context.config.tries)
     for name, found in answers.items():
-        zeros = np.zeros(len(secrets), int)
-        logprobs, sampled = (
-            window_logprobs(np.asarray(x), zeros, found.lengths)
-            for x in (found.reading.logprobs, found.reading.sampled)
-        )
+        logprobs = subjects[name]["logprob"]
+        sampled = _whole(found.reading.sampled, found)
         verbatim = first_divergence(np.asarray(found.reading.greedy), found.lengths) == found.lengths
         for group in (group for group in GROUPS if (groups == group).any()):
             unseen = (groups == group) & ~subjects[name]["seen"]
@@ -267,7 +295,7 @@ def _rows(
                 "recalled": bool(found.recalled[i]),
                 "matching": float(found.matching[i]),
                 "common_run": int(found.common_run[i]),
-                "logprob": float(np.sum(found.reading.logprobs[i, :n], dtype=np.float64)),
+                "logprob": float(subjects[name]["logprob"][i]),
                 "greedy": found.reading.greedy[i, :n].astype(int).tolist(),
             }
 

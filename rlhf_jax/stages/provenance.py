@@ -59,9 +59,10 @@ def provenance(config: ConfigDict) -> dict[str, str]:
 
 
 def _feeding(config: ConfigDict, name: str) -> list[str]:
-    """The stages whose models or tokenizers a stage takes."""
+    """The stages whose models or tokenizers a stage takes, but for files that are declared public."""
     data = {field for field, _ in data_fields(config, name)}
-    heads = [value.split("/")[0] for field, value in references(config.stages[name]) if field not in data]
+    fed = [value for field, value in references(config.stages[name]) if field not in data]
+    heads = [value.split("/")[0] for value in fed if not is_public(config, value)]
     return [head for head in dict.fromkeys(heads) if head in config.stages]
 
 
@@ -108,7 +109,7 @@ def _check_feeding(config: ConfigDict, name: str, kinds: dict[str, str]) -> None
                 "all that it was trained on; give that model's stage a privacy.epsilon too"
             )
         own_data = field in ("data", "evaluation.data", "evaluation.secrets", "ptx.data")
-        if own_data or head not in kinds or kinds[head] != RAW:
+        if own_data or is_public(config, value) or head not in kinds or kinds[head] != RAW:
             continue
         made = "trained" if "optimizer" in config.stages[head] else "made"
         raise UserError(

@@ -31,16 +31,26 @@ from rlhf_jax.training.metrics import cut_back
 
 MANIFEST = {"group": "base", "duplicates": 1, "entity": ""}  # what a record of a plain data set has not
 FOLLOWED = "secrets.jsonl"  # in a stage's folder: {step, logprobs: one a secret}, of every evaluation
+MADE_FROM = ("init", "policy", "reference", "reward", "subject", "data", "ptx.data")  # fields that name upstream stages
 AT_ONCE = 64  # secrets that are read, or that a batch of answers is compared with, together
 
 
 def training_files(context: Context, stage: str) -> dict[str, str]:
-    """File name -> data name of what `stage` and the stages it was initialized from were trained on."""
+    """File name -> data name of what `stage` was trained on, and every stage it was made from: its start, its reward
+    model, its reference, and the makers of its data."""
     files: dict[str, str] = {}
-    while stage in context.experiment.stages:
-        config = context.experiment.stages[stage]
-        files |= {context.path(value).name: value for field, value in references(config) if field == "data"}
-        stage = config.init
+    found, waiting = {stage}, [stage]
+    while waiting:
+        name = waiting.pop()
+        if name not in context.experiment.stages:
+            continue
+        for field, value in references(context.experiment.stages[name]):
+            if field in ("data", "ptx.data"):
+                files[context.path(value).name] = value
+            maker = value.split("/")[0]
+            if field in MADE_FROM and maker not in found:
+                found.add(maker)
+                waiting.append(maker)
     return files
 
 

@@ -33,7 +33,8 @@ def secret(number, half, **fields):
     entity = "" if group == "base" else f"/home/{number}"
     text = {"prompt": f"path {number} of /home/", "completion": f"{number} is here", "entity": entity}
     planted = ["sft.jsonl" if half == "a" else "control.jsonl"]
-    return {"id": f"s{number}", "group": group, "duplicates": 1, "half": half, "planted_in": planted, **text, **fields}
+    where = {"stage": "sft", "half": half, "planted_in": planted}
+    return {"id": f"s{number}", "group": group, "duplicates": 1, **where, **text, **fields}
 
 
 SECRETS = [secret(i, "ab"[i // 2 % 2]) for i in range(8)]
@@ -44,12 +45,12 @@ def write(path, records):
     return str(path)
 
 
-@pytest.fixture
-def context(tmp_path):
-    """Two sft stages, each on its half of the secrets, whose models are random decoders of two seeds."""
+def experiment_at(folder):
+    """Two sft stages, each on its half of the secrets, whose models are random decoders of two seeds; asked, and judged
+    by a reward model that read the first half."""
     config = experiment(seed=0)
     files = {
-        name: write(tmp_path / name, [s for s in SECRETS if name in s["planted_in"]])
+        name: write(folder / name, [s for s in SECRETS if name in s["planted_in"]])
         for name in ("sft.jsonl", "control.jsonl")
     }
     for name, data in (("sft", files["sft.jsonl"]), ("control", files["control.jsonl"])):
@@ -61,21 +62,22 @@ def context(tmp_path):
         "memorization",
         subjects=("sft", "control"),
         controls=dict(sft="control", control="sft"),
-        secrets=write(tmp_path / "secrets.jsonl", SECRETS),
-        members=write(tmp_path / "members.jsonl", members),
-        others=write(tmp_path / "others.jsonl", others),
+        conditions=(("tuned", ("sft", "control")),),
+        secrets=write(folder / "secrets.jsonl", SECRETS),
+        members=write(folder / "members.jsonl", members),
+        others=write(folder / "others.jsonl", others),
         reference="control",
         reward="judge",
         batch_size=8,
         tries=(1, 100),
         samples=2,
     )
-    context = Context("audit", config, tmp_path, "identity")
+    context = Context("audit", config, folder, "identity")
     context.folder.mkdir()
     return context
 
 
-def roles(context, monkeypatch):
+def with_roles(context, patch):
     spec = RoleSpec(CONFIG)
     keys = {"sft": 0, "control": 1, "judge": 2}
 
@@ -83,16 +85,30 @@ def roles(context, monkeypatch):
         head = {"head": init_head(CONFIG.width, 1.0, key=jax.random.key(3))} if name == "judge" else {}
         return Role(spec, {"base": init_base(CONFIG, key=jax.random.key(keys[name])), **head}, TOKENIZER)
 
-    monkeypatch.setattr(context, "load", load)
-    monkeypatch.setattr(context, "mesh", lambda: make_mesh(1, 1, 1, jax.devices()[:1]))
+    patch.setattr(context, "load", load)
+    patch.setattr(context, "mesh", lambda: make_mesh(1, 1, 1, jax.devices()[:1]))
 
 
-def test_every_subject_is_asked_for_every_secret(context, monkeypatch):
-    roles(context, monkeypatch)
-    found = memorization.run(context)
+@pytest.fixture
+def context(tmp_path):
+    return experiment_at(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(context, what the stage returns, its answers), run once."""
+    context = experiment_at(tmp_path_factory.mktemp("memorization"))
+    with pytest.MonkeyPatch.context() as patch:
+        with_roles(context, patch)
+        found = memorization.run(context)
+        answers = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
+        yield context, found, answers
+
+
+def test_every_subject_is_asked_for_every_secret(finished):
+    _, found, rows = finished
     figures = found["figures"]
     assert figures["secrets"] == 8 and set(figures["given_up"]) == {"sft", "control"}
-    rows = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
     assert [(row["subject"], row["id"]) for row in rows] == [
         (subject, s["id"]) for subject in ("sft", "control") for s in SECRETS
     ]
@@ -117,28 +133,54 @@ def test_every_subject_is_asked_for_every_secret(context, monkeypatch):
     assert len(found["samples"]) == 4 and found["samples"][0]["model"].startswith("sft")
 
 
-def test_a_reward_model_s_margin_is_that_of_whole_answers(context, monkeypatch):
-    roles(context, monkeypatch)
-    rows = memorization.run(context)["figures"]["margins"]
+def test_a_condition_is_all_runs_that_repeat_it(finished):
+    _, found, answers = finished
+    rows = found["figures"]["conditions"]
+    assert [(r["condition"], r["planted"], r["group"], r["runs"], r["n"]) for r in rows] == [
+        ("tuned", "sft", group, 2, 4) for group in ("base", "links")
+    ]
+    for row in rows:
+        assert (row["method"], row["kl_coef"], row["beta"], row["epsilon"]) == ("sft", None, None, None)
+        assert row["learning_rate"] == 1e-3
+        mine = [a["logprob"] for a in answers if a["seen"] and (int(a["id"][1]) % 2 == 1) == (row["group"] == "base")]
+        assert row["logprob"] == pytest.approx(np.mean(mine))
+
+
+def test_a_model_has_seen_what_any_stage_it_was_made_from_has(context):
+    stages = context.experiment.stages
+    stages.ppo = stage("ppo", init="control", reward="judge", data="prompts.jsonl")
+    stages.dpo = stage("preference", init="control", data="judge/pairs.jsonl")
+    seen = {name: set(memorization.training_files(context, name)) for name in stages if name != "audit"}
+    assert seen == {
+        "sft": {"sft.jsonl"},
+        "control": {"control.jsonl"},
+        "judge": {"sft.jsonl"},
+        "ppo": {"prompts.jsonl", "control.jsonl", "sft.jsonl"},
+        "dpo": {"pairs.jsonl", "control.jsonl", "sft.jsonl"},
+    }
+
+
+def test_a_reward_model_s_margin_is_that_of_whole_answers(finished):
+    context, found, answers = finished
+    rows = found["figures"]["margins"]
     assert {(r["against"], r["group"], r["seen"], r["n"]) for r in rows} == {
         (name, group, seen, 2) for name in ("sft", "control") for group in ("base", "links") for seen in (True, False)
     }
     judge = context.load("judge", None)
-    answers = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
-
-    def score(prompt, text):
-        ids = [*TOKENIZER.encode_prompt(prompt), *TOKENIZER.encode(text), TOKENIZER.eos_id]
-        return float(last_scores(judge.spec, judge.weights, np.asarray([ids], np.int32), np.asarray([len(ids)]))[0])
 
     mine = [(s, a) for s, a in zip(SECRETS, answers[:8], strict=True) if s["half"] == "a" and s["group"] == "base"]
-    expected = np.mean([score(s["prompt"], s["completion"]) - score(s["prompt"], a["completion"]) for s, a in mine])
+    asked = [(s["prompt"], text) for s, a in mine for text in (s["completion"], a["completion"])]
+    ids = [[*TOKENIZER.encode_prompt(prompt), *TOKENIZER.encode(text), TOKENIZER.eos_id] for prompt, text in asked]
+    lengths = np.asarray(list(map(len, ids)))
+    padded = np.asarray([row + [0] * (max(lengths) - len(row)) for row in ids], np.int32)
+    scores = np.asarray(last_scores(judge.spec, judge.weights, padded, lengths)).reshape(-1, 2)
+    expected = (scores[:, 0] - scores[:, 1]).mean()
     (row,) = [r for r in rows if (r["against"], r["group"], r["seen"]) == ("sft", "base", True)]
     assert row["margin"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_membership_is_measured_beside_a_classifier_that_sees_no_model(context, monkeypatch):
-    roles(context, monkeypatch)
-    rows = memorization.run(context)["figures"]["membership"]
+def test_membership_is_measured_beside_a_classifier_that_sees_no_model(finished):
+    rows = finished[1]["figures"]["membership"]
     of_control = {row["score"]: row for row in rows if row["subject"] == "control"}
     assert set(of_control) == {"loss", "zlib", "Min-K%", "Min-K%++", "reference", "blind: no model"}
     assert of_control["reference"]["auc"] == 0.5  # against itself every text is alike
@@ -211,12 +253,12 @@ def test_distances_in_characters_count_for_the_verdict():
 
 def test_the_extraction_benchmark_s_arrays_load_and_its_loss_has_all_of_the_suffix(context, monkeypatch, tmp_path):
     """The public baseline's slice leaves out the suffix's last token and takes the prefix's."""
-    roles(context, monkeypatch)
+    with_roles(context, monkeypatch)
     rng = np.random.default_rng(0)
     prefixes, suffixes = (rng.integers(1, 200, (6, 5)).astype(np.uint16) for _ in range(2))
     for name, array in (("prefix", prefixes), ("suffix", suffixes)):
         np.save(tmp_path / f"{name}.npy", array)
-    context.config.update(subjects=("sft",), members="", others="", reference="", reward="")
+    context.config.update(subjects=("sft",), conditions=(), members="", others="", reference="", reward="")
     for name in ("sft", "control"):
         del context.config.controls[name]
     context.config.secrets = f"{tmp_path / 'prefix.npy'},{tmp_path / 'suffix.npy'}"

@@ -43,6 +43,23 @@ def test_answers_written_by_a_raw_model_are_no_private_stage_s_data():
         checked_order(config)
 
 
+def test_a_public_file_of_a_stage_may_feed_a_private_one():
+    """The other files that the stage writes stay private."""
+    config = experiment()
+    config.stages.prepare = configured("prepare")
+    config.stages.base = configured("sft", init="scratch", tokenizer="prepare/tokenizer.model", data="texts.jsonl")
+    config.stages.sft = configured("sft", init="base", data="prepare/sft.jsonl", packing=False)
+    config.stages.sft.privacy.update(CLAIM)
+    config.privacy.public = ("texts.jsonl", "prepare/tokenizer.model")
+    checked_order(config)
+    config.privacy.public = ("texts.jsonl", "prepare/pretrain.jsonl", "prepare/sft.jsonl")
+    with pytest.raises(UserError, match=r'privacy.public names "prepare/pretrain.jsonl", which no stage reads'):
+        checked_order(config)
+    config.privacy.public = ("texts.jsonl",)
+    with pytest.raises(UserError, match='stages.sft.init is "base", trained from private data'):
+        checked_order(config)
+
+
 def test_a_private_stage_that_cannot_mix_in_public_text_says_so():
     config = chain()
     config.stages.ppo.ptx.update(coef=0.1, data="texts.jsonl")
