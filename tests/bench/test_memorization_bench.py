@@ -10,6 +10,11 @@ SMALL = TransformerConfig(
 
 def test_half_of_the_secrets_come_back_either_way(monkeypatch):
     monkeypatch.setattr(bench, "workload_w", lambda tie_embeddings: SMALL)
-    found = bench.memorization(1, secrets=20)
-    assert found["same_verdicts"] and found["memorized"] == 10 and found["secrets"] == 20
-    assert [len(each) for each in found["seconds_all"].values()] == [1, 1] and found["ratio"] > 0
+    monkeypatch.setattr(bench, "SETTINGS", {20: 16})
+    found = bench.memorization(1)
+    assert list(found) == ["50 + 20"]
+    found = found["50 + 20"]
+    assert found["same_verdicts"] and (found["memorized"], found["secrets"]) == (8, 16)
+    middle = {name: seconds for name, (seconds,) in found["seconds_all"].items()}
+    assert set(middle) == {"everything", "reading", "behind drafts"}
+    assert found["ratio_decoding"] == middle["everything"] / middle["behind drafts"] > found["ratio_whole"]
