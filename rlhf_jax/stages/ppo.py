@@ -110,7 +110,7 @@ def run(context: Context) -> dict[str, Any]:
         axes = {name: weight_axes(role.spec, roles.trainable[name]) for name, role in roles.trained().items()}
         controllers = init_controllers(settings)
         shardings = state_shardings(roles.trainable, axes, optimizer, mesh, controllers)
-        state = init_state(roles.trainable, axes, optimizer, mesh, controllers)
+        state = init_state(roles.trainable, axes, optimizer, mesh, controllers, config.optimizer.learning_rate)
         memory = roles.memory(state.params, state.opt_state)
         context.progress(describe_memory(memory))
         sample = _sampler(context, roles, mesh)

@@ -18,7 +18,7 @@ from rlhf_jax.data.order import DataOrder, in_batches, without_padding
 from rlhf_jax.data.pairs import Rows, answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.processes import barrier, is_main_process
-from rlhf_jax.distributed.sharding import fetch, place_batch
+from rlhf_jax.distributed.sharding import fetch, place_batch, replicated
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec, training_passes
 from rlhf_jax.stages.context import Context
@@ -245,6 +245,7 @@ def run(context: Context) -> dict[str, Any]:
             gradient = preference_gradient(settings, role.spec, reference_spec, config.accumulation)
         state, fixed, step = prepare(context, role, gradient, steps, mesh)
         frozen = {"policy": fixed, "reference": reference.weights if reference else {}}
+        frozen["coefficients"] = jax.device_put(settings.coefficients, replicated(mesh))
         roles = {"policy": {**state.params, **fixed}} | ({"reference": frozen["reference"]} if reference else {})
         memory = role_memory(roles)
         context.progress(describe_memory(memory))

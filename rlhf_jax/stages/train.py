@@ -64,9 +64,11 @@ def prepare(context: Context, role: Role, gradient: GradientFunction, steps: int
     """The state and the step of a role that trains by `gradient`, with the stage's optimizer over `steps` steps."""
     trainable, frozen = split(role.spec, role.weights)
     axes = weight_axes(role.spec, trainable)
-    optimizer = make_optimizer(context.config.optimizer, steps, param_dtype=role.spec.config.param_dtype)
+    config = context.config.optimizer
+    optimizer = make_optimizer(config, steps, param_dtype=role.spec.config.param_dtype)
     step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
-    return Prepared(init_state(trainable, axes, optimizer, mesh), frozen, step)
+    state = init_state(trainable, axes, optimizer, mesh, learning_rate=config.learning_rate)
+    return Prepared(state, frozen, step)
 
 
 def train(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.objectives import dpo_loss, hinge_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
@@ -35,6 +36,12 @@ class PreferenceConfig:
     margin: float = 0.5
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+    @property
+    def coefficients(self) -> dict[str, np.ndarray]:
+        """The numbers that the jitted functions read from `frozen`: programs that differ in them alone are one."""
+        names = ("beta", "margin", "desirable_weight", "undesirable_weight")
+        return {name: np.asarray(getattr(self, name), np.float32) for name in names}
 
     @property
     def has_reference(self) -> bool:
@@ -75,9 +82,9 @@ def _reference_logprobs(reference: RoleSpec | None, frozen: Any, batch: Batch) -
     return jax.lax.stop_gradient(summed_logprobs(reference, frozen["reference"], batch))
 
 
-def _losses(config: PreferenceConfig, scores: Array, batch: Batch) -> Array:
+def _losses(config: PreferenceConfig, numbers: dict[str, Any], scores: Array, batch: Batch) -> Array:
     """(B,) losses of answers' scores (B, A): log-ratios, or log-probabilities where there is no reference."""
-    chosen, rejected, beta = scores[:, 0], scores[:, -1], config.beta
+    chosen, rejected, beta = scores[:, 0], scores[:, -1], numbers["beta"]
     match config.loss:
         case "dpo":
             return dpo_loss(chosen, rejected, beta, config.label_smoothing)
@@ -88,9 +95,9 @@ def _losses(config: PreferenceConfig, scores: Array, batch: Batch) -> Array:
         case "orpo":
             return orpo_loss(chosen, rejected, -chosen, beta)
         case "simpo":
-            return simpo_loss(chosen, rejected, beta, config.margin)
+            return simpo_loss(chosen, rejected, beta, numbers["margin"])
         case "kto":
-            weights = (config.desirable_weight, config.undesirable_weight)
+            weights = (numbers["desirable_weight"], numbers["undesirable_weight"])
             return kto_loss(chosen, batch["desirable"], batch["kl"], beta, *weights)
     raise ValueError(f'unknown preference loss "{config.loss}"')
 
@@ -98,7 +105,8 @@ def _losses(config: PreferenceConfig, scores: Array, batch: Batch) -> Array:
 def preference_objective(config: PreferenceConfig, spec: RoleSpec, reference: RoleSpec | None) -> Objective:
     """The loss of each record: losses and weights (B,). KTO also reads its batch's "kl" (B,), one number repeated.
 
-    frozen: {"policy": parts of its weights, "reference": weights where the batch lacks its log-probabilities}.
+    frozen: {"policy": parts of its weights, "reference": weights where the batch lacks its log-probabilities,
+    "coefficients": `PreferenceConfig.coefficients`}.
 
     Metrics are means over records. An answer's implicit reward is beta times its log pi - log pi_ref, summed over its
     tokens (their mean with length_normalized); without a reference beta times its mean log pi. `rewards/chosen`,
@@ -116,8 +124,9 @@ def preference_objective(config: PreferenceConfig, spec: RoleSpec, reference: Ro
             scores = logprobs - _reference_logprobs(reference, frozen, rows)
         if config.per_token:
             scores = scores / rows["lengths"]
-        losses = _losses(config, scores, batch) * weight
-        count, rewards = weight.sum(), config.beta * scores
+        numbers = frozen["coefficients"]
+        losses = _losses(config, numbers, scores, batch) * weight
+        count, rewards = weight.sum(), numbers["beta"] * scores
         sides = (weight, weight)
         right = rewards[:, 0] > rewards[:, -1]
         if kto:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -28,16 +29,22 @@ class TrainState(struct.PyTreeNode):
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate over optimizer steps: linear warm-up, then cosine, linear or constant."""
-    peak, warmup = config.learning_rate, round(config.warmup * steps)
+    shape = _schedule_shape(config, steps)
+    return lambda step: config.learning_rate * shape(step)
+
+
+def _schedule_shape(config: ConfigDict, steps: int) -> optax.Schedule:
+    """`make_schedule` over its peak."""
+    warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
     after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final),
-        "linear": optax.linear_schedule(peak, peak * config.final, rest),
-        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(1.0, rest, alpha=config.final),
+        "linear": optax.linear_schedule(1.0, config.final, rest),
+        "constant": optax.constant_schedule(1.0),
     }[config.schedule]
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(1.0 / warmup, 1.0, warmup - 1), after], [warmup])
 
 
 def decays(params: Tree) -> Tree:
@@ -54,7 +61,7 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
     """The optimizer of a stage's `optimizer` sub-config.
 
     Every one clips by the global norm first, decays decoupled from the gradient (`decays` says what) and follows
-    `make_schedule`. By `name`:
+    `make_schedule`, whose peak is part of the state (`scale_by_rate`). By `name`:
       adamw: arXiv 1711.05101, by `b1`, `b2`, `eps`; `moment_dtype` keeps the first moment in another dtype;
         `tf_epsilon` places eps as TensorFlow does (`scale_by_tf_adam`).
       adafactor: arXiv 1804.04235 without first moment and without learning rates relative to the parameters, so that
@@ -71,13 +78,13 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
     name, moment_dtype = config.get("name", "adamw"), config.get("moment_dtype", "")
     if moment_dtype not in ("", "bfloat16"):
         raise UserError(f'optimizer.moment_dtype is "{moment_dtype}": it must be "" (float32) or "bfloat16"')
-    schedule = make_schedule(config, steps)
+    descend = scale_by_rate(config.learning_rate, _schedule_shape(config, steps))
     if name == "adamw":
         scale = scale_by_tf_adam if config.get("tf_epsilon") else optax.scale_by_adam
         optimizer = optax.chain(
             scale(config.b1, config.b2, config.eps, mu_dtype=moment_dtype or None),
             optax.add_decayed_weights(config.weight_decay, mask=decays),
-            optax.scale_by_learning_rate(schedule),
+            descend,
         )
     elif name == "adafactor":
         if moment_dtype:
@@ -88,13 +95,37 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
             optax.scale_by_factored_rms(decay_rate_fn=_growing_decay(config.b2)),
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(config.weight_decay, mask=decays),
-            optax.scale_by_learning_rate(schedule),
+            descend,
         )
     else:
         raise UserError(f'optimizer.name is "{name}": it must be "adamw" or "adafactor"')
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer if param_dtype == "float32" else with_float32_master(optimizer)
+
+
+class RateState(NamedTuple):
+    """State of `scale_by_rate`."""
+
+    count: Any  # () int32, steps done
+    learning_rate: Any  # () float32, the schedule's peak
+
+
+def scale_by_rate(learning_rate: float, shape: optax.Schedule) -> optax.GradientTransformation:
+    """Updates times -learning_rate * shape(steps done).
+
+    The rate is read from the state: it is no constant of the step's program, which stages of other rates share.
+    """
+
+    def init(params: Tree) -> RateState:
+        return RateState(jnp.zeros((), jnp.int32), jnp.float32(learning_rate))
+
+    def update(updates: Tree, state: RateState, params: Tree = None) -> tuple[Tree, RateState]:
+        step = -state.learning_rate * shape(state.count)
+        scaled = jax.tree.map(lambda update: step.astype(update.dtype) * update, updates)
+        return scaled, RateState(optax.safe_increment(state.count), state.learning_rate)
+
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_tf_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> optax.GradientTransformation:
@@ -192,16 +223,28 @@ def state_shardings(
 
 
 def init_state(
-    params: Tree, axes: Tree, optimizer: optax.GradientTransformation, mesh: Mesh, controllers: Tree = ()
+    params: Tree,
+    axes: Tree,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    controllers: Tree = (),
+    learning_rate: float | None = None,
 ) -> TrainState:
-    """A fresh state on the mesh. `params` are copied: the state is donated step by step, its source is not."""
+    """A fresh state on the mesh. `params` are copied: the state is donated step by step, its source is not.
 
-    def create(params: Tree, controllers: Tree) -> TrainState:
+    `learning_rate`: that of `make_optimizer`, to be an argument of this program too; None leaves it a constant of it.
+    """
+
+    def create(params: Tree, controllers: Tree, rate: jax.Array | None) -> TrainState:
         copied = jax.tree.map(jnp.copy, (params, controllers))
-        return TrainState(jnp.zeros((), jnp.int32), copied[0], optimizer.init(params), copied[1])
+        opt_state = optimizer.init(params)
+        if rate is not None:
+            opt_state = optax.tree_utils.tree_set(opt_state, learning_rate=rate)
+        return TrainState(jnp.zeros((), jnp.int32), copied[0], opt_state, copied[1])
 
     shardings = state_shardings(params, axes, optimizer, mesh, controllers)
-    return jax.jit(create, out_shardings=shardings)(params, controllers)
+    rate = None if learning_rate is None else np.float32(learning_rate)
+    return jax.jit(create, out_shardings=shardings)(params, controllers, rate)
 
 
 def apply_gradient(

@@ -141,7 +141,9 @@ def problem(name):
         batch = {"tokens": pairs["tokens"][:, 0], "lengths": ends[:, 0], "weight": pairs["weight"]}
         return label_objective(spec), trainable, frozen, batch | {"positive": rng.random(ROWS) < 0.5}
     pairs["reference"] = rng.normal(-10, 2, (ROWS, 2)).astype(np.float32)  # log-probabilities
-    return preference_objective(PreferenceConfig(beta=0.5), spec, None), trainable, {"policy": frozen}, pairs
+    config = PreferenceConfig(beta=0.5)
+    frozen = {"policy": frozen, "coefficients": config.coefficients}
+    return preference_objective(config, spec, None), trainable, frozen, pairs
 
 
 def _on_fields(objective):

@@ -80,9 +80,9 @@ def rows(filler=0, width=WIDTH):
     }
 
 
-def frozen_of(spec, precomputed=False):
+def frozen_of(config, spec, precomputed=False):
     lora = spec.lora is not None
-    parts = {"policy": split(spec, weights("policy", lora))[1]}
+    parts = {"policy": split(spec, weights("policy", lora))[1], "coefficients": config.coefficients}
     return parts | {"reference": {} if precomputed else weights("reference", lora)}
 
 
@@ -103,7 +103,7 @@ def compiled(config, spec, accumulation=1, precomputed=False):
 
 def gradient_of(name, batch, spec=FULL, accumulation=1, precomputed=False):
     gradient = compiled(SETTINGS[name], spec, accumulation, precomputed)
-    return gradient(trainable_of(spec), frozen_of(spec, precomputed), batch)
+    return gradient(trainable_of(spec), frozen_of(SETTINGS[name], spec, precomputed), batch)
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -225,10 +225,11 @@ def test_accumulation_changes_neither_gradient_nor_metrics(name):
 
 def test_a_mesh_changes_neither_gradient_nor_metrics():
     gradient, batch = compiled(SETTINGS["kto"], FULL, 2), rows()
-    whole = gradient(trainable_of(FULL), frozen_of(FULL), batch)
+    frozen = frozen_of(SETTINGS["kto"], FULL)
+    whole = gradient(trainable_of(FULL), frozen, batch)
     mesh = make_mesh(4, 1, 1, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
-        roles = jax.device_put((trainable_of(FULL), frozen_of(FULL)), replicated(mesh))
+        roles = jax.device_put((trainable_of(FULL), frozen), replicated(mesh))
         assert_close(gradient(*roles, jax.device_put(batch, batch_sharding(mesh))), whole)
 
 
@@ -245,7 +246,8 @@ def test_at_its_reference_a_policy_has_no_rewards(name):
     spec = spec_of(name)
     config, start = SETTINGS[name], weights("policy", spec is ADAPTED)
     trainable, fixed = split(spec, start)
-    _, metrics = compiled(config, spec)(trainable, {"policy": fixed, "reference": start}, rows())
+    frozen = {"policy": fixed, "reference": start, "coefficients": config.coefficients}
+    _, metrics = compiled(config, spec)(trainable, frozen, rows())
     for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert float(metrics[metric]) == pytest.approx(0.0, abs=1e-6), metric
     at_start = {"dpo": np.log(2), "hinge": 1.0, "ipo": 1 / (4 * config.beta**2), "kto": 0.5}[name]
@@ -260,7 +262,7 @@ def test_no_gradient_passes_through_the_kl():
     objective = preference_objective(SETTINGS["kto"], FULL, FULL)
 
     def mean_loss(trainable):
-        return objective(trainable, frozen_of(FULL), {**batch, "kl": kl}).losses.mean()
+        return objective(trainable, frozen_of(SETTINGS["kto"], FULL), {**batch, "kl": kl}).losses.mean()
 
     assert_close(jax.jit(jax.grad(mean_loss))(trainable_of(FULL)), grads)
 
@@ -272,8 +274,9 @@ def test_a_few_steps_prefer_the_chosen_answers(name):
     params, fixed = split(spec, start)
     gradient, optimizer = compiled(SETTINGS[name], spec), optax.adam(1e-2)
     state, seen = optimizer.init(params), []
+    frozen = {"policy": fixed, "reference": start, "coefficients": SETTINGS[name].coefficients}
     for _ in range(17):
-        grads, metrics = gradient(params, {"policy": fixed, "reference": start}, rows())
+        grads, metrics = gradient(params, frozen, rows())
         updates, state = optimizer.update(grads, state)
         params = optax.apply_updates(params, updates)
         seen.append({metric: float(value) for metric, value in metrics.items()})
@@ -287,11 +290,11 @@ def test_undesirable_answers_weigh_what_the_config_says():
     batch["desirable"][:] = False
     doubled = dataclasses.replace(SETTINGS["kto"], desirable_weight=5.0, undesirable_weight=2.0)
     once, _ = gradient_of("kto", batch)
-    twice, _ = compiled(doubled, FULL)(trainable_of(FULL), frozen_of(FULL), batch)
+    twice, _ = compiled(SETTINGS["kto"], FULL)(trainable_of(FULL), frozen_of(doubled, FULL), batch)
     assert_close(jax.tree.map(lambda g: 2 * g, once), twice)
 
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ValueError, match='unknown preference loss "sppo"'):
-        objective = preference_objective(PreferenceConfig("sppo"), FULL, FULL)
-        jax.eval_shape(objective, trainable_of(FULL), frozen_of(FULL), rows())
+        config = PreferenceConfig("sppo")
+        jax.eval_shape(preference_objective(config, FULL, FULL), trainable_of(FULL), frozen_of(config, FULL), rows())

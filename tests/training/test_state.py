@@ -204,6 +204,27 @@ def test_schedule_clip_and_decay_are_the_same_for_every_optimizer(name):
         np.testing.assert_array_equal(state.params["bias"], params["bias"])
 
 
+@pytest.mark.parametrize("name, param_dtype", [("adamw", "float32"), ("adafactor", "bfloat16")])
+def test_the_peak_is_the_states_and_not_the_optimizers(name, param_dtype):
+    """So a step by one optimizer is one by another of any other peak; `init_state` takes it as an argument too."""
+    params = {"kernel": jnp.ones((3, 2), param_dtype), "bias": jnp.ones(2, param_dtype)}
+    axes = {"kernel": (None, None), "bias": (None,)}
+    grads = jax.tree.map(lambda p: 0.1 * p, params)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    slow, fast = (
+        make_optimizer(settings(name=name, learning_rate=rate, warmup=0.5), 8, param_dtype) for rate in (0.1, 0.4)
+    )
+    moved = []
+    for step_of, begun_by, rate in ((fast, fast, None), (slow, fast, None), (slow, slow, 0.4)):
+        state = init_state(params, axes, begun_by, mesh, learning_rate=rate)
+        for _ in range(2):
+            state, _ = apply_gradient(state, grads, step_of)
+        moved.append(state)
+    jax.tree.map(np.testing.assert_array_equal, moved[1], moved[0])
+    jax.tree.map(np.testing.assert_array_equal, moved[2], moved[0])
+    assert float(jnp.abs(moved[0].params["kernel"] - 1).max()) > 0.2  # 0.1 and 0.2 of the peak 0.4, each a whole step
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [
