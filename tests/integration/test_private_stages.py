@@ -226,3 +226,33 @@ def test_a_deleted_stage_still_counts(config, whole, tmp_path):
     groups = {tuple(group["stages"]): group["runs"] for group in ledger["claim"]["groups"]}
     assert groups["private_dpo",] == 2
     assert "1 earlier run" in " ".join(ledger["statement"])
+
+
+@pytest.mark.slow
+def test_private_stages_and_their_audit_on_a_mesh_are_those_of_one_device(config, whole, tmp_path):
+    """Four devices, two ways of sharding: the same batches, noise and canaries, and so the same run up to rounding."""
+    audited = tmp_path / "audited.py"
+    kind = 'stage("audit", subject="private_sft", canaries=20, idle=10)'
+    audited.write_text(
+        f"import runpy\nfrom rlhf_jax.config import stage\ndef get_config():\n"
+        f"    config = runpy.run_path({str(config)!r})['get_config']()\n"
+        f"    config.stages.audit = {kind}\n    return config\n"
+    )
+    alone = copy_stages(whole, tmp_path / "alone", ("prepare", "pretrain", *STAGES))
+    for name in STAGES:
+        restart(whole, alone, name)
+    spread = tmp_path / "spread"
+    shutil.copytree(alone, spread)
+    flags = [f"--config.stages.{name}.mesh.{axis}=2" for name in STAGES for axis in ("data", "fsdp")]
+    flags += ["--config.stages.audit.mesh.data=2", "--config.stages.audit.mesh.fsdp=2"]
+    assert run_main(audited, alone).status == 0
+    done = run_main(audited, spread, *flags, environment={"JAX_NUM_CPU_DEVICES": "4"})
+    assert done.status == 0, done.stderr[-3000:]
+    for name in STAGES:
+        for one, other in zip(metrics(alone, name), metrics(spread, name), strict=True):
+            for row in (one, other):
+                row.pop("accuracy/eval", None)  # of eight pairs, some of them ties but for rounding
+            assert one == pytest.approx(other, rel=2e-3, abs=2e-4)
+    one, other = (result(workdir, "audit")["figures"] for workdir in (alone, spread))
+    for figures in ((one.pop("noise"), other.pop("noise")), (one, other)):
+        assert figures[0] == pytest.approx(figures[1], rel=1e-2, abs=1e-3)
