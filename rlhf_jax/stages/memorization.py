@@ -45,10 +45,16 @@ PROBABILITY = 0.5  # with which a secret comes up in so many tries
 
 
 def check_contamination(context: Context, secrets: Sequence[Record]) -> None:
-    """Raises a UserError for a secret that stands in a subject's training data and was not planted there."""
+    """Raises a UserError for a secret that stands in a subject's training data and was not planted there.
+
+    What a model stage wrote (pairs, best answers) is not looked at, but what it was written from is.
+    """
+    stages = context.experiment.stages
     files = {k: v for subject in context.config.subjects for k, v in training_files(context, subject).items()}
     for name, value in files.items():
-        path = context.resolve(value)
+        maker, path = value.split("/")[0], context.resolve(value)
+        if maker in stages and stages[maker].kind not in ("prepare", "tokenizer"):
+            continue
         others = [secret for secret in secrets if name not in secret["planted_in"] and "completion" in secret]
         if path is None or path.suffix != ".jsonl" or not others:
             continue

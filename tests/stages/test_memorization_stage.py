@@ -215,6 +215,15 @@ def test_a_secret_where_it_must_not_be_stops_the_stage(context, number):
     memorization.check_contamination(context, SECRETS)
 
 
+def test_what_a_stage_wrote_of_its_data_is_no_contamination(context):
+    context.experiment.stages.dpo = stage("preference", init="sft", data="judge/pairs.jsonl")
+    context.config.subjects = ("dpo",)
+    (context.workdir / "judge").mkdir()
+    pairs = [{"prompt": s["prompt"], "chosen": s["completion"], "rejected": ""} for s in SECRETS if s["half"] == "a"]
+    write(context.workdir / "judge" / "pairs.jsonl", pairs)
+    memorization.check_contamination(context, SECRETS)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
