@@ -194,11 +194,13 @@ def _sampler(context: Context, role: Role, mesh: Mesh):
     else:
         ids = [prompt_ids(tokenizer, r["prompt"]) for r in records]
         references = [plain_text(r["completion"]) for r in records]
-    ids = [row[-(role.spec.config.context - SAMPLE_TOKENS) :] for row in ids]
+    room = role.spec.config.context
+    new_tokens = min(SAMPLE_TOKENS, room // 2)
+    ids = [row[new_tokens - room :] for row in ids]
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     prompts = pad_prompts(ids, max(len(x) for x in ids), len(ids) + -len(ids) % shards)
     batch = place_batch(len(prompts["lengths"]), lambda rows: {k: v[rows] for k, v in prompts.items()}, mesh)
-    sampling = Sampling(SAMPLE_TOKENS, temperature=0.0, stop_ids=tokenizer.stop_ids)
+    sampling = Sampling(new_tokens, temperature=0.0, stop_ids=tokenizer.stop_ids)
     key, path = context.key("samples"), context.folder / "samples.jsonl"
 
     @jax.jit
