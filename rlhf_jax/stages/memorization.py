@@ -26,15 +26,14 @@ from rlhf_jax.evaluation.extraction import (
     discoverable_shares,
     exposure,
     first_divergence,
-    membership_scores,
     window_logprobs,
 )
 from rlhf_jax.evaluation.intervals import mean_interval
-from rlhf_jax.evaluation.membership import blind_scores, membership_row
 from rlhf_jax.evaluation.memorization import GROUPS, MEMORIZED_DISTANCE, memorization_table, persistence
 from rlhf_jax.rollout import Sampling
-from rlhf_jax.rollout.batches import read_all, score_all
+from rlhf_jax.rollout.batches import score_all
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.membership import Membership
 from rlhf_jax.stages.secrets import is_benchmark, read_secrets, training_files
 from rlhf_jax.training.artifacts import Role
 
@@ -94,11 +93,11 @@ def run(context: Context) -> dict[str, Any]:
     answers: dict[str, Answers] = {}
     membership: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
-        reference = context.load(config.reference, mesh) if config.reference else None
+        probe = Membership(context, mesh) if config.members else None
         for name in config.subjects:
             role = context.load(name, mesh)
             answers[name] = _ask(context, name, role, secrets, mesh)
-            membership += _membership(context, name, role, reference, mesh)
+            membership += probe.rows(name, role) if probe else []
         margins = _margins(context, secrets, answers, mesh)
     subjects = {name: _measured(context, name, secrets, found) for name, found in answers.items()}
     controls = dict(config.controls)
@@ -165,6 +164,16 @@ def _whole(logprobs: Any, found: Answers) -> np.ndarray:
     return window_logprobs(np.asarray(logprobs), np.zeros(len(found.lengths), int), found.lengths)
 
 
+def _cells(secrets: Sequence[Record], seen: np.ndarray) -> Iterator[tuple[str, bool, np.ndarray]]:
+    """(group, seen, (N,) bool) of the secrets of each group that were seen, and of the others, where there are any."""
+    groups = np.asarray([secret["group"] for secret in secrets])
+    for group in GROUPS:
+        for with_it in (True, False):
+            chosen = (groups == group) & (seen == with_it)
+            if chosen.any():
+                yield group, with_it, chosen
+
+
 def _conditions(
     context: Context, secrets: Sequence[Record], subjects: Mapping[str, Mapping[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
@@ -196,58 +205,30 @@ def _extraction(
     ones of the group, and the share that so many tries bring up with probability one half.
     """
     rows = []
-    groups = np.asarray([secret["group"] for secret in secrets])
     tries = list(context.config.tries)
     for name, found in answers.items():
         logprobs = subjects[name]["logprob"]
         sampled = _whole(found.reading.sampled, found)
         verbatim = first_divergence(np.asarray(found.reading.greedy), found.lengths) == found.lengths
-        for group in (group for group in GROUPS if (groups == group).any()):
-            unseen = (groups == group) & ~subjects[name]["seen"]
-            for seen in (True, False):
-                chosen = (groups == group) & (subjects[name]["seen"] == seen)
-                if not chosen.any():
-                    continue
-                bits = exposure(logprobs[chosen], logprobs[unseen]) if seen and unseen.any() else None
-                rows.append(
-                    {
-                        "subject": name,
-                        "group": group,
-                        "seen": seen,
-                        "n": int(chosen.sum()),
-                        "verbatim": float(verbatim[chosen].mean()),
-                        "logprob": float(logprobs[chosen].mean()),
-                        "exposure": None if bits is None else float(bits.mean()),
-                        "tries": tries,
-                        "shares": discoverable_shares(sampled[chosen], tries, [PROBABILITY])[:, 0].tolist(),
-                    }
-                )
+        cells = list(_cells(secrets, subjects[name]["seen"]))
+        unseen = {group: chosen for group, seen, chosen in cells if not seen}
+        for group, seen, chosen in cells:
+            others = unseen.get(group) if seen else None
+            bits = None if others is None else float(exposure(logprobs[chosen], logprobs[others]).mean())
+            rows.append(
+                {
+                    "subject": name,
+                    "group": group,
+                    "seen": seen,
+                    "n": int(chosen.sum()),
+                    "verbatim": float(verbatim[chosen].mean()),
+                    "logprob": float(logprobs[chosen].mean()),
+                    "exposure": bits,
+                    "tries": tries,
+                    "shares": discoverable_shares(sampled[chosen], tries, [PROBABILITY])[:, 0].tolist(),
+                }
+            )
     return rows
-
-
-def _membership(context: Context, name: str, role: Role, reference: Role | None, mesh: Mesh) -> list[dict[str, Any]]:
-    """What tells `members` from `others` by this model, a row a score, and by a classifier that never sees it."""
-    config = context.config
-    if not config.members:
-        return []
-    kinds = [context.spread_records(data, "completion", config.records)[0] for data in (config.members, config.others)]
-    scores = []
-    for what, records in zip(("members", "others"), kinds, strict=True):
-        questions = tokenize_secrets(role.tokenizer, records, role.spec.config.context, config[what])
-        fields: dict[str, Any] = dict(scheme=_scheme(context), batch_size=config.batch_size, mesh=mesh)
-
-        def read(asked: Role, label: str, fields: Any = fields, questions: Any = questions) -> Any:
-            label = f"{context.name}: {label}"
-            return read_all(asked.spec, asked.weights, questions.prompts, questions.targets, name=label, **fields)
-
-        lengths = np.asarray([len(target) for target in questions.targets])
-        reading = read(role, f"{name}, {what}")
-        against = read(reference, f"{config.reference}, {what}") if reference else None
-        scores.append(membership_scores(reading, lengths, questions.texts, against))
-    blind = blind_scores(*([r["prompt"] + r["completion"] for r in records] for records in kinds), seed=context.seed)
-    rows = [membership_row(score, scores[0][score], scores[1][score], context.seed) for score in scores[0]]
-    rows.append(membership_row("blind: no model", *blind, context.seed))
-    return [{"subject": name, **row} for row in rows]
 
 
 def _margins(
@@ -263,7 +244,6 @@ def _margins(
     role = context.load(config.reward, mesh)
     tokenizer, files = role.tokenizer, set(training_files(context, config.reward))
     seen = np.asarray([bool(files & set(secret["planted_in"])) for secret in secrets])
-    groups = np.asarray([secret["group"] for secret in secrets])
     prompts = tokenize_secrets(tokenizer, secrets, role.spec.config.context, config.secrets).prompts
 
     def scores(texts: Sequence[str], what: str) -> np.ndarray:
@@ -275,12 +255,9 @@ def _margins(
     rows = []
     for name, found in answers.items():
         margin = own - scores(found.texts, name)
-        for group in (group for group in GROUPS if (groups == group).any()):
-            for with_it in (True, False):
-                chosen = margin[(groups == group) & (seen == with_it)]
-                if len(chosen):
-                    row = {"reward": config.reward, "against": name, "group": group, "seen": with_it, "n": len(chosen)}
-                    rows.append(row | mean_interval("margin", chosen) | {"above": float((chosen > 0).mean())})
+        for group, with_it, chosen in _cells(secrets, seen):
+            row = {"reward": config.reward, "against": name, "group": group, "seen": with_it, "n": int(chosen.sum())}
+            rows.append(row | mean_interval("margin", margin[chosen]) | {"above": float((margin[chosen] > 0).mean())})
     return rows
 
 
