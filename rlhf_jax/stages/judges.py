@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rlhf_jax.config import is_folder, is_function, reward_sources
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.distributed.sharding import batch_sharding, place_batch
+from rlhf_jax.distributed.sharding import batch_sharding, place_batch, replicated
 from rlhf_jax.errors import UserError
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.functions import RewardFunction, load_function, score_answers
@@ -69,12 +69,13 @@ class Judge:
             if self.foreign[name]:
                 whole = is_folder(stages, source)
                 self._rescore[name] = ForeignScores(role.spec, role.weights, role.tokenizer, tokenizer, mesh, whole)
-        weights = dict(zip(self.names, context.config.reward_weights or [1.0] * len(sources), strict=True))
+        weights = np.asarray(context.config.reward_weights or [1.0] * len(sources), np.float32)
+        self._weights = jax.device_put(weights, replicated(mesh))
 
-        def combine(parts: list[dict[str, jax.Array]]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            columns = {name: jnp.concatenate([part[name] for part in parts]) for name in self.names}
-            total = jnp.sum(jnp.stack([weight * columns[name] for name, weight in weights.items()]), axis=0)
-            return total, {f"rewards/{name}": column for name, column in columns.items()}
+        def combine(parts: list[list[jax.Array]], weights: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+            """The weighted sum of the sources' columns, each in one piece a part; names are no part of the program."""
+            columns = [jnp.concatenate(column) for column in zip(*parts, strict=True)]
+            return jnp.sum(weights[:, None] * jnp.stack(columns), axis=0), columns
 
         self._combine = jax.jit(combine, out_shardings=batch_sharding(mesh))
         self._by_rows = jax.jit(lambda fields: fields, out_shardings=batch_sharding(mesh))
@@ -111,8 +112,10 @@ class Judge:
         for one in pending:
             texts = [record["prompt"] for record in one.records]
             foreign = {name: rescore(one.rollout, texts) for name, rescore in self._rescore.items()}
-            parts.append({**one.scores, **foreign, **self._placed(one)})
-        return self._combine(parts)
+            found = {**one.scores, **foreign, **self._placed(one)}
+            parts.append([found[name] for name in self.names])
+        total, columns = self._combine(parts, self._weights)
+        return total, {f"rewards/{name}": column for name, column in zip(self.names, columns, strict=True)}
 
     def _placed(self, one: Pending) -> dict[str, jax.Array]:
         if one.called is None:
