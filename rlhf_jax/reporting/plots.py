@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,17 @@ class Plot:
 
     svg: Markup
     caption: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure as a plot of categories shows it: with its 95 % interval, what it is compared with, and each run's."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    baseline: float | None = None
+    each: Sequence[float] = ()
 
 
 def plot(svg: str, caption: str) -> Plot:
@@ -261,6 +273,115 @@ def interval_bars(
         return _svg(figure)
 
 
+def category_lines(
+    categories: Sequence[str],
+    series: Mapping[tuple[str, str], Sequence[tuple[int, Measured]]],
+    x_label: str,
+    y_label: str,
+    *,
+    title: str,
+    levels: Mapping[str, tuple[str, Measured]],
+) -> str:
+    """Lines over evenly spaced categories with intervals, runs as small dots and baselines as hollow diamonds.
+
+    Args:
+        categories: the C places of the x axis.
+        series: (group, variant) -> (place, figure) from left to right; a group has one colour, a variant one marker.
+        x_label, y_label: axis labels with units.
+        title: stands above the legend.
+        levels: group -> label and figure of a horizontal line in its colour, its interval a band, its baseline dashed.
+    """
+    names, variants = ([*dict.fromkeys(key[i] for key in series)] for i in (0, 1))
+    colors = dict(zip(dict.fromkeys([*names, *levels]), PALETTE, strict=False))
+    with rc_context(_STYLE):
+        figure, axes = _axes(x_label, y_label)
+        figure.set_figheight(FIGURE_SIZE[1] + 0.17 * (len(series) + len(levels)))
+        for i, ((group, variant), points) in enumerate(series.items()):
+            x = [k + 0.14 * (i - (len(series) - 1) / 2) for k, _ in points]
+            label = f"{group}, {variant}" if len(variants) > 1 else group
+            marker = "os^Dv*"[variants.index(variant) % 6]
+            values = [point.value for _, point in points]
+            axes.plot(x, values, color=colors[group], marker=marker, markersize=4.5, label=label)
+            for place, (_, point) in zip(x, points, strict=True):
+                if point.low is not None and point.high is not None:
+                    axes.plot([place] * 2, [point.low, point.high], "_-", color=colors[group], linewidth=1, zorder=1.9)
+                axes.plot([place + 0.06] * len(point.each), point.each, **_run_dots(colors[group]))
+                if point.baseline is not None:
+                    axes.plot(place, point.baseline, **_hollow(colors[group]))
+        for group, (label, level) in levels.items():
+            if level.low is not None and level.high is not None:
+                axes.axhspan(level.low, level.high, color=colors[group], alpha=0.15, linewidth=0)
+            axes.axhline(level.value, color=colors[group], linewidth=1.2, label=textwrap.fill(label, 54))
+            if level.baseline is not None:
+                axes.axhline(level.baseline, color=colors[group], linewidth=1.2, linestyle="--")
+        axes.set_xticks(range(len(categories)), categories)
+        axes.set_xlim(-0.5, len(categories) - 0.5)
+        axes.set_ylim(-0.03 * axes.get_ylim()[1], axes.get_ylim()[1])
+        axes.grid(axis="x", visible=False)
+        _titled_legend(axes, title, columns=1)
+        return _svg(figure)
+
+
+def category_rows(
+    categories: Sequence[str],
+    series: Mapping[str, Sequence[Measured | None]],
+    x_label: str,
+    *,
+    title: str,
+    baseline: str,
+    from_zero: bool = True,
+) -> str:
+    """Horizontal bars of each category with intervals, runs as small dots and baselines as hollow diamonds.
+
+    Args:
+        categories: the C groups of bars, from the top.
+        series: label -> C figures; None leaves a gap.
+        x_label: axis label with its unit.
+        title: stands above the legend.
+        baseline: what the diamonds are.
+        from_zero: whether a bar starts at 0; else a dot stands at the value, and a line joins it to its baseline.
+    """
+    height = 0.8 / len(series)
+    with rc_context(_STYLE):
+        figure, axes = _axes(x_label, "")
+        figure.set_figheight(1.1 + len(categories) * max(0.3, 0.08 + 0.14 * len(series)))
+        for i, (label, color) in enumerate(zip(series, PALETTE, strict=False)):
+            drawn = [(k, point) for k, point in enumerate(series[label]) if point is not None]
+            y = [k + (i - (len(series) - 1) / 2) * height for k, _ in drawn]
+            values = [point.value for _, point in drawn]
+            if from_zero:
+                axes.barh(y, values, height * 0.9, color=color, label=label)
+            else:
+                axes.plot(values, y, "o", color=color, markersize=5, label=label)
+            for place, (_, point) in zip(y, drawn, strict=True):
+                if point.low is not None and point.high is not None:
+                    axes.plot([point.low, point.high], [place] * 2, "|-", color="#2b3442", linewidth=1, markersize=4)
+                axes.plot(point.each, [place + 0.3 * height] * len(point.each), **_run_dots("#2b3442"))
+                if point.baseline is not None:
+                    axes.plot(point.baseline, place, **_hollow(color))
+                    if not from_zero:
+                        axes.plot([point.value, point.baseline], [place] * 2, color=color, linewidth=1, zorder=1.9)
+        if any(point and point.baseline is not None for points in series.values() for point in points):
+            axes.plot([], [], **_hollow("#2b3442"), label=baseline)
+        axes.set_yticks(range(len(categories)), [textwrap.fill(name, 25) for name in categories], fontsize=8.5)
+        axes.set_ylim(len(categories) - 0.5, -0.5)
+        if from_zero:
+            axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y", visible=False)
+        _titled_legend(axes, title, columns=3)
+        return _svg(figure)
+
+
+def _run_dots(color: str) -> dict[str, Any]:
+    return {"color": color, "marker": ".", "markersize": 3.5, "linestyle": "none", "clip_on": False, "zorder": 3}
+
+
+def _hollow(color: str) -> dict[str, Any]:
+    face = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1}
+    return {"marker": "D", "markersize": 4, "linestyle": "none", "clip_on": False, "zorder": 3, **face}
+
+
 def _axes(x_label: str, y_label: str):
     figure = Figure(figsize=FIGURE_SIZE)
     axes = figure.subplots()
@@ -273,6 +394,21 @@ def _legend(axes) -> None:
     """A legend above the axes, where it hides no data."""
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(handles, labels, loc="outside upper left", ncols=3 if len(labels) == 3 else 2)
+
+
+def _titled_legend(axes, title: str, columns: int) -> None:
+    """A legend above the axes under a title, both from the left edge of the figure."""
+    handles, labels = axes.get_legend_handles_labels()
+    font = {"weight": "bold", "size": 10}
+    axes.figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        title=title,
+        alignment="left",
+        title_fontproperties=font,
+    )
 
 
 def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

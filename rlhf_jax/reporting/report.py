@@ -10,13 +10,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_jax.reporting import plots
 from rlhf_jax.reporting.curves import CURVES, TOGETHER, Curve
-from rlhf_jax.reporting.memorization_card import memorization_headlines, memorization_plots
+from rlhf_jax.reporting.memorization_card import memorization_headlines, memorization_plots, memorization_tables
 from rlhf_jax.reporting.plots import Plot, is_number, plot
 from rlhf_jax.reporting.privacy_card import Privacy, privacy_card
-from rlhf_jax.reporting.tables import Table, duration, figure_tables, memorization_rates, number, time_table
+from rlhf_jax.reporting.tables import Table, duration, figure_tables, number, time_table
 
 VISIBLE_SAMPLES = 3  # the other samples of a stage are folded away
-VISIBLE_HEADLINES, VISIBLE_SECTIONS = 12, 12  # the other figures are folded away, and of more stages every one
+VISIBLE_HEADLINES, VISIBLE_SECTIONS = 12, 12  # the other figures are folded away, and of more stages all
+JUDGING = ("memorization", "audit", "best_of_n")  # but these, which say what became of the others
 
 
 @dataclass
@@ -76,6 +77,7 @@ def write_report(workdir: Path) -> Path:
         visible_samples=VISIBLE_SAMPLES,
         visible_headlines=VISIBLE_HEADLINES,
         visible_sections=VISIBLE_SECTIONS,
+        judging=JUDGING,
         number=number,
         max_points=plots.MAX_POINTS,
         config=json.dumps(config, indent=2, ensure_ascii=False) if config is not None else None,
@@ -151,10 +153,10 @@ def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float |
     known = {label: height for label, height in marks.items() if height is not None and is_number(height)}
     for curve in CURVES.get(kind, ()):
         section.plots += _curve_plots(curve, metrics, {"objective/kl": known})
-    if kind == "memorization" and figures.get("table"):
+    if kind == "memorization":
         section.plots += memorization_plots(figures)
-        section.tables.append(memorization_rates(figures["table"]))
-        figures = {name: value for name, value in figures.items() if name != "table"}
+        section.tables += memorization_tables(figures)
+        figures = {name: value for name, value in figures.items() if name not in ("table", "conditions")}
     if kind == "best_of_n" and figures.get("curve"):
         caption = (
             "Expected score of the best of n answers with its 95 % interval over prompts, estimated without bias from "
