@@ -244,7 +244,7 @@ def _cell(row: Row, name: str, prefix: str) -> str:
     values = [row.get(key) for key in (name, f"{prefix}low", f"{prefix}high")]
     if not is_number(values[0]):
         return number(None)
-    rate, *interval = [f"{100 * value:.1f}" for value in values if is_number(value)]
+    rate, *interval = [f"{100 * value:.1f}" for value in values if value is not None and is_number(value)]
     return f"{rate} [{', '.join(interval)}]" if len(interval) == 2 else rate
 
 
