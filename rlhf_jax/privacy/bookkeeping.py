@@ -186,9 +186,14 @@ def sum_of(leaf: Leaf, shown: Any, factors: Array) -> Array:
     return total
 
 
+def over_units(factor: Array, leaf: Array) -> Array:
+    """A factor (units,) with the number of axes of a leaf (units, ...)."""
+    return factor.reshape(-1, *[1] * (leaf.ndim - 1))
+
+
 def _scaled(x: Array, factors: Array) -> Array:
     """x (n, ...) times factors (n,), in float32; 0 where the factor is, whatever x is."""
-    factors = factors.reshape(-1, *[1] * (x.ndim - 1))
+    factors = over_units(factors, x)
     return jnp.where(factors == 0, 0.0, x.astype(jnp.float32) * factors)
 
 

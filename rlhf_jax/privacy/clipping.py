@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.objectives.records import Objective, RecordLosses, microbatches
-from rlhf_jax.privacy.bookkeeping import computed_in_float32, leaf_kind, leaves_of, squares_of, sum_of, tap_of, tapped
+from rlhf_jax.privacy.bookkeeping import (
+    computed_in_float32,
+    leaf_kind,
+    leaves_of,
+    over_units,
+    squares_of,
+    sum_of,
+    tap_of,
+    tapped,
+)
 
 Array = jax.Array
 Tree = Any
@@ -155,11 +164,6 @@ def _unit_losses(out: RecordLosses, units: int) -> Array:
     return losses / jnp.where(weights == 0, 1.0, weights)
 
 
-def _over(factor: Array, leaf: Array) -> Array:
-    """A factor (units,) with the number of axes of a leaf (units, ...)."""
-    return factor.reshape(-1, *[1] * (leaf.ndim - 1))
-
-
 def by_part(clip_norm: Bounds, tree: Tree) -> list[tuple[float, Tree]]:
     """(bound, the part of the tree that it clips) for every bound."""
     if not isinstance(clip_norm, Mapping):
@@ -201,7 +205,9 @@ def _clip_and_sum(losses: Array, grads: Tree, present: Array, clip_norm: Bounds)
 
     def total(part: Tree, squared: Array, bound: float) -> Tree:
         factors = clip_factors(jnp.sqrt(squared), counts, bound)
-        return jax.tree.map(lambda g: jnp.sum(jnp.where(_over(counts, g), g, 0.0) * _over(factors, g), axis=0), part)
+        return jax.tree.map(
+            lambda g: jnp.sum(jnp.where(over_units(counts, g), g, 0.0) * over_units(factors, g), axis=0), part
+        )
 
     totals = [
         total(part, squared, bound) for (bound, part), squared in zip(by_part(clip_norm, grads), squares, strict=True)

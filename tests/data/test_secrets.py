@@ -41,14 +41,16 @@ def test_links_have_unique_paths_and_the_completion_holds_what_is_random():
         assert secret.completion.endswith("\n") and secret.completion.count("\n") == 1
 
 
+def as_python(secret):
+    """The syntax tree of a secret's text, with what it leaves open closed."""
+    snippet = secret.prompt + secret.completion
+    ends = {":\n": "        pass\n", '",\n': "}\n"}
+    return ast.parse(snippet + next((end for mark, end in ends.items() if snippet.endswith(mark)), ""))
+
+
 def test_links_are_python():
     for secret in links(per_cell=100):
-        snippet = secret.prompt + secret.completion
-        if snippet.endswith(":\n"):
-            snippet += "        pass\n"
-        elif snippet.endswith('",\n'):
-            snippet += "}\n"
-        ast.parse(snippet)
+        assert as_python(secret).body
 
 
 ENTITIES = {
@@ -68,12 +70,7 @@ def test_every_kind_of_entity_is_python_and_random_in_the_completion_alone():
         start = KINDS[secret.kind].start
         assert secret.prompt.endswith(f'"{start}')
         assert secret.completion.startswith(f'{secret.entity.removeprefix(start)}"')
-        snippet = secret.prompt + secret.completion
-        if snippet.endswith(":\n"):
-            snippet += "        pass\n"
-        elif snippet.endswith('",\n'):
-            snippet += "}\n"
-        ast.parse(snippet)
+        assert as_python(secret).body
 
 
 def test_cells_are_shared_out_evenly_over_stages_and_halves():
