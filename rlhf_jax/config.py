@@ -301,6 +301,7 @@ STAGES: dict[str, dict[str, Any]] = {
         records=1000,  # of each, at most
         reference="",  # a stage whose log-probabilities membership scores are compared with
         reward="",  # a reward stage: how far above each subject's own answers does it score the secrets
+        similarity="",  # FILE.py:FUNCTION as of a reward: how near each completion is to its record's, by embeddings
         batch_size=64,
         prompt_buckets=(),  # widths prompts are padded to; (): one, the longest. Each width compiles once
         samples=6,

@@ -59,6 +59,8 @@ def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
     fields |= {field: content(fields[field]) for field in MODEL_FIELDS if fields.get(field)}
     if "subjects" in fields:
         fields["subjects"] = list(map(content, fields["subjects"]))
+    if fields.get("similarity"):
+        fields["similarity"] = content(fields["similarity"])
     if "reward" in fields:
         fields["reward"] = ",".join(map(content, reward_sources(config.stages[name])))
     return {name: value for name, value in fields.items() if name not in NOT_SEMANTIC}

@@ -182,6 +182,10 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
     if bool(config.members) != bool(config.others):
         missing = "others" if config.members else "members"
         raise UserError(f"{where}.{missing} is empty: membership scores need both, members and others; or neither")
+    if config.similarity and not is_function(config.similarity):
+        raise UserError(f'{where}.similarity is "{config.similarity}": give FILE.py:FUNCTION')
+    if config.similarity and config.secrets.endswith(".npy"):
+        raise UserError(f"{where}.similarity reads texts, which arrays of token ids have not: leave it out")
     if not config.tries or min(config.tries) < 1:
         raise UserError(f"{where}.tries is {tuple(config.tries)}: give numbers of at least 1")
     if config.sampling.temperature <= 0:

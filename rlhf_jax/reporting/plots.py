@@ -291,11 +291,10 @@ def category_lines(
         title: stands above the legend.
         levels: group -> label and figure of a horizontal line in its colour, its interval a band, its baseline dashed.
     """
-    names, variants = ([*dict.fromkeys(key[i] for key in series)] for i in (0, 1))
-    colors = dict(zip(dict.fromkeys([*names, *levels]), PALETTE, strict=False))
+    groups, variants = ([*dict.fromkeys(key[i] for key in series)] for i in (0, 1))
+    colors = dict(zip(dict.fromkeys([*groups, *levels]), PALETTE, strict=False))
     with rc_context(_STYLE):
-        figure, axes = _axes(x_label, y_label)
-        figure.set_figheight(FIGURE_SIZE[1] + 0.17 * (len(series) + len(levels)))
+        figure, axes = _axes(x_label, y_label, FIGURE_SIZE[1] + 0.17 * (len(series) + len(levels)))
         for i, ((group, variant), points) in enumerate(series.items()):
             x = [k + 0.14 * (i - (len(series) - 1) / 2) for k, _ in points]
             label = f"{group}, {variant}" if len(variants) > 1 else group
@@ -303,11 +302,9 @@ def category_lines(
             values = [point.value for _, point in points]
             axes.plot(x, values, color=colors[group], marker=marker, markersize=4.5, label=label)
             for place, (_, point) in zip(x, points, strict=True):
-                if point.low is not None and point.high is not None:
-                    axes.plot([place] * 2, [point.low, point.high], "_-", color=colors[group], linewidth=1, zorder=1.9)
-                axes.plot([place + 0.06] * len(point.each), point.each, **_run_dots(colors[group]))
+                _details(axes, point, place, place + 0.06, colors[group], upright=True)
                 if point.baseline is not None:
-                    axes.plot(place, point.baseline, **_hollow(colors[group]))
+                    axes.plot(place, point.baseline, clip_on=False, **_hollow(colors[group]))
         for group, (label, level) in levels.items():
             if level.low is not None and level.high is not None:
                 axes.axhspan(level.low, level.high, color=colors[group], alpha=0.15, linewidth=0)
@@ -318,7 +315,7 @@ def category_lines(
         axes.set_xlim(-0.5, len(categories) - 0.5)
         axes.set_ylim(-0.03 * axes.get_ylim()[1], axes.get_ylim()[1])
         axes.grid(axis="x", visible=False)
-        _titled_legend(axes, title, columns=1)
+        _legend(axes, title=title, columns=1)
         return _svg(figure)
 
 
@@ -343,24 +340,22 @@ def category_rows(
     """
     height = 0.8 / len(series)
     with rc_context(_STYLE):
-        figure, axes = _axes(x_label, "")
-        figure.set_figheight(1.1 + len(categories) * max(0.3, 0.08 + 0.14 * len(series)))
+        figure, axes = _axes(x_label, "", 1.1 + len(categories) * max(0.3, 0.08 + 0.14 * len(series)))
         for i, (label, color) in enumerate(zip(series, PALETTE, strict=False)):
-            drawn = [(k, point) for k, point in enumerate(series[label]) if point is not None]
-            y = [k + (i - (len(series) - 1) / 2) * height for k, _ in drawn]
-            values = [point.value for _, point in drawn]
-            if from_zero:
-                axes.barh(y, values, height * 0.9, color=color, label=label)
-            else:
-                axes.plot(values, y, "o", color=color, markersize=5, label=label)
-            for place, (_, point) in zip(y, drawn, strict=True):
-                if point.low is not None and point.high is not None:
-                    axes.plot([point.low, point.high], [place] * 2, "|-", color="#2b3442", linewidth=1, markersize=4)
-                axes.plot(point.each, [place + 0.3 * height] * len(point.each), **_run_dots("#2b3442"))
+            axes.plot([], [], color=color, label=label, **({"linewidth": 7} if from_zero else _DOT))
+            for k, point in enumerate(series[label]):
+                y = k + (i - (len(series) - 1) / 2) * height
+                if point is None:
+                    continue
+                if from_zero:
+                    axes.barh(y, point.value, height * 0.9, color=color)
+                else:
+                    axes.plot(point.value, y, color=color, **_DOT)
+                _details(axes, point, y, y + 0.3 * height, "#2b3442", upright=False)
                 if point.baseline is not None:
-                    axes.plot(point.baseline, place, **_hollow(color))
+                    axes.plot(point.baseline, y, clip_on=False, **_hollow(color))
                     if not from_zero:
-                        axes.plot([point.value, point.baseline], [place] * 2, color=color, linewidth=1, zorder=1.9)
+                        axes.plot([point.value, point.baseline], [y] * 2, color=color, linewidth=1, zorder=1.9)
         if any(point and point.baseline is not None for points in series.values() for point in points):
             axes.plot([], [], **_hollow("#2b3442"), label=baseline)
         axes.set_yticks(range(len(categories)), [textwrap.fill(name, 25) for name in categories], fontsize=8.5)
@@ -369,46 +364,43 @@ def category_rows(
             axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y", visible=False)
-        _titled_legend(axes, title, columns=3)
+        _legend(axes, title=title)
         return _svg(figure)
 
 
-def _run_dots(color: str) -> dict[str, Any]:
-    return {"color": color, "marker": ".", "markersize": 3.5, "linestyle": "none", "clip_on": False, "zorder": 3}
+_DOT: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none"}
+
+
+def _details(axes, point: Measured, place: float, beside: float, color: str, *, upright: bool) -> None:
+    """A figure's interval at its place and its runs beside it, along the y axis where upright."""
+    intervals = [] if point.low is None or point.high is None else [point.low, point.high]
+    dots: dict[str, Any] = {"marker": ".", "markersize": 3.5, "linestyle": "none", "clip_on": False, "zorder": 3}
+    line: dict[str, Any] = {"marker": "_" if upright else "|", "markersize": 4, "linewidth": 1}
+    for values, at, style in ((intervals, place, line), (point.each, beside, dots)):
+        places = [at] * len(values)
+        if places:  # an empty line that is not clipped would take room at the figure's corner
+            axes.plot(*((places, values) if upright else (values, places)), color=color, **style)
 
 
 def _hollow(color: str) -> dict[str, Any]:
     face = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1}
-    return {"marker": "D", "markersize": 4, "linestyle": "none", "clip_on": False, "zorder": 3, **face}
+    return {"marker": "D", "markersize": 4, "linestyle": "none", "zorder": 3, **face}
 
 
-def _axes(x_label: str, y_label: str):
-    figure = Figure(figsize=FIGURE_SIZE)
+def _axes(x_label: str, y_label: str, height: float = FIGURE_SIZE[1]):
+    figure = Figure(figsize=(FIGURE_SIZE[0], height))
     axes = figure.subplots()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     return figure, axes
 
 
-def _legend(axes) -> None:
-    """A legend above the axes, where it hides no data."""
+def _legend(axes, *, title: str | None = None, columns: int | None = None) -> None:
+    """A legend above the axes, where it hides no data, with the title above it."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(handles, labels, loc="outside upper left", ncols=3 if len(labels) == 3 else 2)
-
-
-def _titled_legend(axes, title: str, columns: int) -> None:
-    """A legend above the axes under a title, both from the left edge of the figure."""
-    handles, labels = axes.get_legend_handles_labels()
+    form = {"ncols": columns or (3 if len(labels) == 3 else 2), "title": title, "alignment": "left"}
     font = {"weight": "bold", "size": 10}
-    axes.figure.legend(
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=columns,
-        title=title,
-        alignment="left",
-        title_fontproperties=font,
-    )
+    axes.figure.legend(handles, labels, loc="outside upper left", title_fontproperties=font, **form)
 
 
 def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

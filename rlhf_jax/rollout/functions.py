@@ -1,4 +1,4 @@
-"""Rewards from a Python function of the user's, FILE.py:FUNCTION: found, called on answers' texts, checked.
+"""Rewards, and other numbers of answers, from a user's Python function, FILE.py:FUNCTION: found, called, checked.
 
     def score(prompts, completions, records):  # records only where the function takes it
         return [float(record["answer"] in text) for text, record in zip(completions, records)]
@@ -27,8 +27,9 @@ SHOWN = 40  # characters of an answer or value that a message shows
 
 @dataclasses.dataclass(frozen=True)
 class RewardFunction:
-    """A loaded function: `source` is FILE.py:FUNCTION, for messages; `path` its file."""
+    """A loaded function: `source` is FILE.py:FUNCTION and `field` what names it, for messages; `path` its file."""
 
+    field: str
     source: str
     path: Path
     call: Callable[..., Any]
@@ -38,8 +39,12 @@ class RewardFunction:
     def name(self) -> str:
         return self.source.rpartition(":")[2]
 
+    @property
+    def label(self) -> str:
+        return f'{self.field} "{self.source}"'
 
-def split_source(source: str) -> tuple[Path, str]:
+
+def split_source(source: str, field: str = "reward") -> tuple[Path, str]:
     """(file, function's name) of FILE.py:FUNCTION.
 
     Raises:
@@ -48,9 +53,9 @@ def split_source(source: str) -> tuple[Path, str]:
     file, _, name = source.rpartition(":")
     path = Path(file).expanduser().absolute()
     if not name.isidentifier():
-        raise UserError(f'reward "{source}": "{name}" is no function\'s name: give FILE.py:FUNCTION')
+        raise UserError(f'{field} "{source}": "{name}" is no function\'s name: give FILE.py:FUNCTION')
     if not path.is_file():
-        raise UserError(f'reward "{source}": there is no file {path}: give FILE.py:FUNCTION')
+        raise UserError(f'{field} "{source}": there is no file {path}: give FILE.py:FUNCTION')
     return path, name
 
 
@@ -60,13 +65,13 @@ def function_identity(source: str) -> str:
     return f"function {name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
-def load_function(source: str) -> RewardFunction:
-    """Imports FILE.py and finds FUNCTION in it.
+def load_function(source: str, field: str = "reward") -> RewardFunction:
+    """Imports FILE.py and finds FUNCTION in it; `field` is the config's that names it.
 
     Raises:
       UserError: no such file, the import fails, there is no such function, or it does not take two arguments.
     """
-    path, name = split_source(source)
+    path, name = split_source(source, field)
     module_name = f"rlhf_jax_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # the path ends in .py
@@ -75,15 +80,15 @@ def load_function(source: str) -> RewardFunction:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f'reward "{source}": importing {path} raised {_told(error, path)}: mend it') from error
+        raise UserError(f'{field} "{source}": importing {path} raised {_told(error, path)}: mend it') from error
     call = getattr(module, name, None)
     if not callable(call):
         own = [n for n, x in vars(module).items() if inspect.isfunction(x) and x.__module__ == module_name]
-        raise UserError(f'reward "{source}": {path} has no function "{name}", it has: {", ".join(own) or "none"}')
-    return RewardFunction(source, path, call, _takes_records(source, call))
+        raise UserError(f'{field} "{source}": {path} has no function "{name}", it has: {", ".join(own) or "none"}')
+    return RewardFunction(field, source, path, call, _takes_records(f'{field} "{source}"', call))
 
 
-def _takes_records(source: str, call: Callable[..., Any]) -> bool:
+def _takes_records(label: str, call: Callable[..., Any]) -> bool:
     """Whether a call passes `records`: by name or among **kwargs."""
     try:
         signature = inspect.signature(call)
@@ -95,7 +100,7 @@ def _takes_records(source: str, call: Callable[..., Any]) -> bool:
         signature.bind(None, None, **({"records": None} if records else {}))
     except TypeError as error:
         raise UserError(
-            f'reward "{source}" is called with (prompts, completions), and records where it takes them, but its '
+            f"{label} is called with (prompts, completions), and records where it takes them, but its "
             f"arguments are {signature} ({error}): give the others defaults"
         ) from error
     return records
@@ -115,13 +120,13 @@ def score_answers(
     try:
         scores = function.call(list(prompts), list(completions), **extra)
     except (Exception, SystemExit) as error:
-        raise UserError(f'reward "{function.source}" raised {_told(error, function.path)}: mend it') from error
-    return _checked(function.source, scores, completions)
+        raise UserError(f"{function.label} raised {_told(error, function.path)}: mend it") from error
+    return _checked(function.label, scores, completions)
 
 
-def _checked(source: str, scores: Any, completions: Sequence[str]) -> np.ndarray:
+def _checked(label: str, scores: Any, completions: Sequence[str]) -> np.ndarray:
     mend = "return one finite number for each answer"
-    where, count = f'reward "{source}" returned', len(completions)
+    where, count = f"{label} returned", len(completions)
     if isinstance(scores, str | bytes | Mapping) or not hasattr(scores, "__len__"):
         raise UserError(f"{where} {_shown(scores)}, a {type(scores).__name__}: {mend}")
     shape = getattr(scores, "shape", None)

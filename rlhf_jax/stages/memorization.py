@@ -32,6 +32,7 @@ from rlhf_jax.evaluation.intervals import mean_interval
 from rlhf_jax.evaluation.memorization import GROUPS, MEMORIZED_DISTANCE, memorization_table, persistence
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import score_all
+from rlhf_jax.rollout.functions import load_function, score_answers
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.membership import Membership
 from rlhf_jax.stages.secrets import is_benchmark, read_secrets, training_files
@@ -83,6 +84,8 @@ def check(context: Context) -> None:
     """What can be refused before anything runs."""
     context.mesh()
     context.check_folders()
+    if context.config.similarity:
+        load_function(context.config.similarity, "similarity")
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -106,6 +109,7 @@ def run(context: Context) -> dict[str, Any]:
         before = context.experiment.stages[name].init if name in context.experiment.stages else ""
         if before in subjects and subjects[before]["seen"].any():
             kept += persistence(secrets, subjects, controls, before=before, after=name)
+    similarity = _similarity(context, secrets, subjects, answers)
     if is_main_process():
         write_records(context.folder / "answers.jsonl", _rows(secrets, subjects, answers))
         if is_benchmark(config.secrets):
@@ -121,6 +125,7 @@ def run(context: Context) -> dict[str, Any]:
         "extraction": _extraction(context, secrets, subjects, answers),
         "membership": membership,
         "margins": margins,
+        "similarity": similarity,
     }
     return {"figures": figures, "samples": _samples(context, secrets, subjects, answers)}
 
@@ -138,7 +143,7 @@ def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mes
         role.tokenizer,
         tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets),
         scheme=_scheme(context),
-        near=1.0 if is_benchmark(config.secrets) else MEMORIZED_DISTANCE,  # whose guesses are whole
+        near=1.0 if is_benchmark(config.secrets) or config.similarity else MEMORIZED_DISTANCE,  # 1: all of them whole
         batch_size=config.batch_size,
         mesh=mesh,
         name=f"{context.name}: {name}",
@@ -261,10 +266,31 @@ def _margins(
     return rows
 
 
+def _similarity(
+    context: Context,
+    secrets: Sequence[Record],
+    subjects: dict[str, dict[str, np.ndarray]],
+    answers: Mapping[str, Answers],
+) -> list[dict[str, Any]]:
+    """How near completions are to their targets by the user's function: a mean a group, and each one in `subjects`."""
+    rows: list[dict[str, Any]] = []
+    if not context.config.similarity:
+        return rows
+    function = load_function(context.config.similarity, "similarity")
+    for name, found in answers.items():
+        near = score_answers(function, [secret["prompt"] for secret in secrets], found.texts, secrets)
+        subjects[name]["similarity"] = near
+        for group, seen, chosen in _cells(secrets, subjects[name]["seen"]):
+            row = {"subject": name, "group": group, "seen": seen, "n": int(chosen.sum())}
+            rows.append(row | mean_interval("similarity", near[chosen]))
+    return rows
+
+
 def _rows(
     secrets: Sequence[Record], subjects: Mapping[str, Any], answers: Mapping[str, Answers]
 ) -> Iterator[dict[str, Any]]:
     for name, found in answers.items():
+        near = subjects[name].get("similarity")
         for i, secret in enumerate(secrets):
             n = int(found.lengths[i])
             yield {
@@ -278,6 +304,7 @@ def _rows(
                 "recalled": bool(found.recalled[i]),
                 "matching": float(found.matching[i]),
                 "common_run": int(found.common_run[i]),
+                **({"similarity": float(near[i])} if near is not None else {}),
                 "logprob": float(subjects[name]["logprob"][i]),
                 "greedy": found.reading.greedy[i, :n].astype(int).tolist(),
             }

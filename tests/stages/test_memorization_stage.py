@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -187,6 +188,33 @@ def test_membership_is_measured_beside_a_classifier_that_sees_no_model(finished)
     assert of_control["blind: no model"]["auc"] > 0.9  # "member" is not "other"
     assert all(row["members"] == row["others"] == 12 for row in rows)
     assert all(row["auc_low"] <= row["auc"] <= row["auc_high"] for row in rows)
+
+
+SIMILARITY = """
+def nearness(prompts, completions, records):
+    return [float(text == record["completion"]) - len(prompt) for prompt, text, record in
+            zip(prompts, completions, records)]
+def opposite(prompts, completions):
+    return ["far" for _ in prompts]
+"""
+
+
+def test_a_function_of_the_user_says_how_near_completions_are(context, tmp_path):
+    (tmp_path / "near.py").write_text(SIMILARITY)
+    context.config.similarity = f"{tmp_path / 'near.py'}:nearness"
+    texts = [s["completion"] if i < 4 else "?" for i, s in enumerate(SECRETS)]
+    subjects = {"sft": {"seen": np.array([s["half"] == "a" for s in SECRETS])}}
+    rows = memorization._similarity(context, SECRETS, subjects, {"sft": SimpleNamespace(texts=texts)})
+    expected = [float(i < 4) - len(s["prompt"]) for i, s in enumerate(SECRETS)]
+    np.testing.assert_array_equal(subjects["sft"]["similarity"], expected)
+    assert [(r["group"], r["seen"], r["n"]) for r in rows] == [
+        (group, seen, 2) for group in ("base", "links") for seen in (True, False)
+    ]
+    mine = [e for e, s in zip(expected, SECRETS, strict=True) if s["group"] == "base" and s["half"] == "a"]
+    assert rows[0]["similarity"] == np.mean(mine)
+    context.config.similarity = f"{tmp_path / 'near.py'}:opposite"
+    with pytest.raises(UserError, match=r'similarity ".*near.py:opposite" returned .far., a str, for answer 1'):
+        memorization._similarity(context, SECRETS, subjects, {"sft": SimpleNamespace(texts=texts)})
 
 
 def test_any_data_set_may_be_asked_for_with_its_held_out_twin(context):
