@@ -84,3 +84,29 @@ def test_many_subjects_have_no_plots_of_their_own_beside_conditions():
     with_few, with_many = (memorization_plots({"conditions": sweep(), "table": table(n)}) for n in (8, 9))
     assert (len(with_few), len(with_many)) == (4 + 8, 4)
     assert len(memorization_plots({"table": table(9)})) == 9
+
+
+def test_each_group_and_learning_rate_has_a_line_and_repeated_runs_have_dots():
+    rows = [
+        row(f"{rate:g}, {kl_coef:g}", "prompts", group, 0.2, method="ppo", kl_coef=kl_coef, learning_rate=rate, **each)
+        for rate, each in ((1e-4, {"each": [0.1, None, 0.3]}), (1e-5, {"each": [0.2]}))
+        for kl_coef in (0.1, 0.0)
+        for group in ("links", "base")
+    ]
+    (both,), (single,) = (memorization_plots({"conditions": chosen}) for chosen in (rows, rows[4:]))
+    expected = [f"{group}, learning rate {rate}" for group in ("base", "links") for rate in ("0.0001", "1e-05")]
+    assert [label for label in shown(both) if "learning rate" in label] == expected
+    assert [label for label in shown(single) if label in ("base", "links")] == ["base", "links"]  # one rate: unsaid
+    assert "Small dots" in both.caption and "Small dots" not in single.caption  # a single run is its own mean
+    assert "Diamonds" in both.caption and "150 secrets, 3 runs." in both.caption
+
+
+def test_what_was_not_measured_leaves_a_gap():
+    unknown = dict.fromkeys(("low", "high", "held_out_rate", "held_out_low", "held_out_high", "held_out_logprob"))
+    rows = [row("dpo", "preference", "base", 0.2, method="dpo", beta=0.1) | unknown]
+    rows.append(row("ipo", "preference", "links", 0.3, method="ipo", beta=0.1) | unknown | {"logprob": None})
+    share, likelihood = memorization_plots({"conditions": rows})
+    assert {"dpo", "ipo", "base", "links"} <= set(shown(share)) and "held-out" not in shown(share)
+    assert {"dpo", "base"} <= set(shown(likelihood)) and {"ipo", "links"}.isdisjoint(shown(likelihood))
+    assert [cells[5:7] for cells in memorization_tables({"conditions": rows})[0].rows] == [["20.0", "–"], ["30.0", "–"]]
+    assert memorization_headlines({"conditions": rows}) == []  # neither is ppo or sft

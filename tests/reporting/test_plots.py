@@ -1,4 +1,5 @@
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -63,3 +64,17 @@ def test_long_curves_are_means_of_consecutive_points():
     assert len(x) == 334 <= plots.MAX_POINTS
     assert (x[0], y[0]) == (1.0, 1.0)  # of the points 0, 1, 2
     assert plots._binned([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
+
+
+def test_rows_of_categories_name_their_series_first_and_waste_no_room():
+    points = [plots.Measured(float(i), i - 1.0, i + 1.0, baseline=0.5) for i in range(15)]
+    svg = plots.category_rows([f"c{i}" for i in range(15)], {"base": points}, "rate", title="T", baseline="held-out")
+    shown = texts(svg)
+    assert shown.index("base") < shown.index("held-out")
+    root = ElementTree.fromstring(svg)
+    (label,) = [element for element in root.iter(f"{SVG}text") if element.text == "rate"]
+    label_y, height = (
+        float(re.findall(r"[\d.]+", label.attrib["transform"])[-1]),
+        float(root.attrib["viewBox"].split()[3]),
+    )
+    assert 0 < height - label_y < 12  # points; its lower edge is 3 from the edge of the figure
