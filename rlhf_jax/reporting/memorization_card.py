@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.evaluation.memorization import GROUPS
-from rlhf_jax.reporting import plots
-from rlhf_jax.reporting.plots import Measured, Plot, is_number, plot
+from rlhf_jax.reporting import category_plots, plots
+from rlhf_jax.reporting.category_plots import Measured
+from rlhf_jax.reporting.plots import Plot, is_number, plot
 from rlhf_jax.reporting.tables import Table, memorization_rates, number
 
 MAX_SUBJECTS = 8  # beside conditions, the plots of more subjects would only be in the way
@@ -150,7 +151,7 @@ def _against_kl(rows: Sequence[Row], title: str, source: str) -> list[Plot]:
     elif any(is_number(row["held_out_rate"]) for row in trained):
         caption += " Diamonds: the same in runs that did not hold the secrets."
     shown = {group: (label, _share(row)) for group, (label, row) in levels.items()}
-    svg = plots.category_lines(names, series, "KL coefficient", "memorized (%)", title=title, levels=shown)
+    svg = category_plots.category_lines(names, series, "KL coefficient", "memorized (%)", title=title, levels=shown)
     return [plot(svg, caption + _counts([*trained, *(row for _, row in levels.values())]))]
 
 
@@ -162,7 +163,7 @@ def _by_condition(rows: Sequence[Row], title: str, what: str) -> list[Plot]:
     caption = f"{what}. Lines: 95 % intervals over secrets."
     if any(is_number(row["held_out_rate"]) for row in rows):
         caption += " Diamonds: the same in runs that did not hold the secrets."
-    svg = plots.category_rows(names, series, "memorized (%)", title=title, baseline="held-out")
+    svg = category_plots.category_rows(names, series, "memorized (%)", title=title, baseline="held-out")
     return [plot(svg, caption + _counts(rows))]
 
 
@@ -180,7 +181,7 @@ def _likelihood(rows: Sequence[Row]) -> list[Plot]:
         "Mean log-probability of reward-model secrets: dots in the runs that held them, diamonds in those that did not."
     )
     x_label, title = "log-probability of a secret (nats)", "How likely they became"
-    svg = plots.category_rows(names, series, x_label, title=title, baseline="held-out", from_zero=False)
+    svg = category_plots.category_rows(names, series, x_label, title=title, baseline="held-out", from_zero=False)
     return [plot(svg, caption + _counts(rows, dots=False))]
 
 

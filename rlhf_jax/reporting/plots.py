@@ -2,7 +2,6 @@
 
 import io
 import math
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ FIGURE_SIZE = (4.4, 2.9)  # inches; small, so that the text stays readable on a 
 MAX_BARS = 20
 MAX_POINTS = 400  # longer curves show means of consecutive points
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#8a94a3",
     "axes.formatter.limits": (-3, 5),
@@ -58,17 +57,6 @@ class Plot:
     caption: str
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A figure as a plot of categories shows it: with its 95 % interval, what it is compared with, and each run's."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    baseline: float | None = None
-    each: Sequence[float] = ()
-
-
 def plot(svg: str, caption: str) -> Plot:
     """One of this file's plots for a page: matplotlib has escaped its labels."""
     return Plot(Markup(svg), caption)
@@ -90,7 +78,7 @@ def time_bars(seconds: Mapping[str, float]) -> str:
     longest = max(seconds.values())
     unit, scale = ("hours", 3600) if longest >= 7200 else ("minutes", 60) if longest >= 120 else ("seconds", 1)
     values = [value / scale for value in seconds.values()]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(FIGURE_SIZE[0], 0.75 + 0.28 * len(values)))
         axes = figure.subplots()
         bars = axes.barh(list(seconds), values, color=BLUE, height=0.62)
@@ -99,7 +87,7 @@ def time_bars(seconds: Mapping[str, float]) -> str:
         axes.margins(x=0.12)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"wall time ({unit})")
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def curves(
@@ -112,8 +100,8 @@ def curves(
         x_label, y_label: axis labels with units.
         limits: label -> height of a dashed horizontal line.
     """
-    with rc_context(_STYLE):
-        figure, axes = _axes(x_label, y_label)
+    with rc_context(STYLE):
+        figure, axes = new_axes(x_label, y_label)
         for i, (label, (x, y)) in enumerate(series.items()):
             x, y = _binned(*_finite(x, y))
             marker = {"marker": "o", "markersize": 3.5} if len(x) <= 30 else {}
@@ -122,8 +110,8 @@ def curves(
             axes.axhline(height, color=RED, linestyle="--", linewidth=1.2, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(axes.lines) > 1:
-            _legend(axes)
-        return _svg(figure)
+            add_legend(axes)
+        return as_svg(figure)
 
 
 def reward_against_kl(
@@ -137,8 +125,8 @@ def reward_against_kl(
         kl_limit: the largest KL that counts as a success, a dashed vertical line.
         start_score: reward of the starting policy, which stands at a KL of 0.
     """
-    with rc_context(_STYLE):
-        figure, axes = _axes("KL from the reference (nats per sequence)", "reward model score")
+    with rc_context(STYLE):
+        figure, axes = new_axes("KL from the reference (nats per sequence)", "reward model score")
         kl, reward = _binned(*_finite(*training))
         axes.plot(kl, reward, color=SKY, linewidth=0.8, marker=".", markersize=4, label="training prompts")
         kl, reward = _finite(*evaluation)
@@ -148,8 +136,8 @@ def reward_against_kl(
             axes.plot([0], [start_score], color=ORANGE, marker="*", markersize=13, linestyle="none", label="SFT policy")
         if kl_limit is not None and math.isfinite(kl_limit):
             axes.axvline(kl_limit, color=RED, linestyle="--", linewidth=1.2, label="KL limit")
-        _legend(axes)
-        return _svg(figure)
+        add_legend(axes)
+        return as_svg(figure)
 
 
 def best_of_n(curve: Sequence[Mapping[str, float]]) -> str:
@@ -159,8 +147,8 @@ def best_of_n(curve: Sequence[Mapping[str, float]]) -> str:
         curve: rows of {"n", "kl_bound", "score"}, by ascending n; "score_low" and "score_high" where there are any.
     """
     numbers, scores = [row["n"] for row in curve], [row["score"] for row in curve]
-    with rc_context(_STYLE):
-        figure, axes = _axes("n, answers to choose from", "score of the best of n")
+    with rc_context(STYLE):
+        figure, axes = new_axes("n, answers to choose from", "score of the best of n")
         axes.set_xscale("log", base=2)
         if all("score_low" in row for row in curve):
             low, high = ([row[f"score_{side}"] for row in curve] for side in ("low", "high"))
@@ -171,7 +159,7 @@ def best_of_n(curve: Sequence[Mapping[str, float]]) -> str:
             axis.set_xticks(numbers, labels)
             axis.minorticks_off()
         above.set_xlabel("largest KL from the policy (nats)", color="#3c4656")
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def extraction(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -181,8 +169,8 @@ def extraction(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: {"group", "seen", "tries", "shares"}, of one model.
     """
     colors = {group: PALETTE[i] for i, group in enumerate(dict.fromkeys(row["group"] for row in rows))}
-    with rc_context(_STYLE):
-        figure, axes = _axes("tries", "got out, with probability 1/2 (%)")
+    with rc_context(STYLE):
+        figure, axes = new_axes("tries", "got out, with probability 1/2 (%)")
         axes.set_xscale("log")
         for row in rows:
             label = f"{row['group']}, {'included' if row['seen'] else 'held-out'}"
@@ -190,8 +178,8 @@ def extraction(rows: Sequence[Mapping[str, Any]]) -> str:
             percent = [100 * share for share in row["shares"]]
             axes.plot(row["tries"], percent, line, color=color, marker="o", markersize=4, label=label)
         axes.set_ylim(-4, 104)
-        _legend(axes)
-        return _svg(figure)
+        add_legend(axes)
+        return as_svg(figure)
 
 
 def against_epsilon(series: Mapping[str, Mapping[float, Sequence[float]]], y_label: str) -> str:
@@ -202,16 +190,16 @@ def against_epsilon(series: Mapping[str, Mapping[float, Sequence[float]]], y_lab
     """
     every = sorted({epsilon for values in series.values() for epsilon in values})
     places = {epsilon: i for i, epsilon in enumerate(every)}
-    with rc_context(_STYLE):
-        figure, axes = _axes("epsilon of the stage", y_label)
+    with rc_context(STYLE):
+        figure, axes = new_axes("epsilon of the stage", y_label)
         for i, (label, values) in enumerate(series.items()):
             x = [places[epsilon] + 0.06 * (i - (len(series) - 1) / 2) for epsilon in sorted(values)]
             middle = [sum(values[epsilon]) / len(values[epsilon]) for epsilon in sorted(values)]
             half = [_half_interval(values[epsilon]) for epsilon in sorted(values)]
             axes.errorbar(x, middle, yerr=half, color=PALETTE[i], marker="o", markersize=4, capsize=3, label=label)
         axes.set_xticks(range(len(every)), ["no noise" if math.isinf(e) else f"{e:g}" for e in every])
-        _legend(axes)
-        return _svg(figure)
+        add_legend(axes)
+        return as_svg(figure)
 
 
 def _half_interval(values: Sequence[float]) -> float:
@@ -245,8 +233,8 @@ def interval_bars(
     """
     width = 0.8 / len(series)
     colors, color = iter(PALETTE), BLUE
-    with rc_context(_STYLE):
-        figure, axes = _axes(x_label, y_label)
+    with rc_context(STYLE):
+        figure, axes = new_axes(x_label, y_label)
         for i, (label, estimates) in enumerate(series.items()):
             if label in baselines:
                 face = {"facecolor": color + "30", "hatch": "////"}
@@ -269,125 +257,12 @@ def interval_bars(
         axes.set_ylim(0, 100)
         axes.grid(axis="x", visible=False)
         axes.set_title(title, loc="left")
-        _legend(axes)
-        return _svg(figure)
+        add_legend(axes)
+        return as_svg(figure)
 
 
-def category_lines(
-    categories: Sequence[str],
-    series: Mapping[tuple[str, str], Sequence[tuple[int, Measured]]],
-    x_label: str,
-    y_label: str,
-    *,
-    title: str,
-    levels: Mapping[str, tuple[str, Measured]],
-) -> str:
-    """Lines over evenly spaced categories with intervals, runs as small dots and baselines as hollow diamonds.
-
-    Args:
-        categories: the C places of the x axis.
-        series: (group, variant) -> (place, figure) from left to right; a group has one colour, a variant one marker.
-        x_label, y_label: axis labels with units.
-        title: stands above the legend.
-        levels: group -> label and figure of a horizontal line in its colour, its interval a band, its baseline dashed.
-    """
-    groups, variants = ([*dict.fromkeys(key[i] for key in series)] for i in (0, 1))
-    colors = dict(zip(dict.fromkeys([*groups, *levels]), PALETTE, strict=False))
-    with rc_context(_STYLE):
-        figure, axes = _axes(x_label, y_label, FIGURE_SIZE[1] + 0.17 * (len(series) + len(levels)))
-        for i, ((group, variant), points) in enumerate(series.items()):
-            x = [k + 0.14 * (i - (len(series) - 1) / 2) for k, _ in points]
-            label = f"{group}, {variant}" if len(variants) > 1 else group
-            marker = "os^Dv*"[variants.index(variant) % 6]
-            values = [point.value for _, point in points]
-            axes.plot(x, values, color=colors[group], marker=marker, markersize=4.5, label=label)
-            for place, (_, point) in zip(x, points, strict=True):
-                _details(axes, point, place, place + 0.06, colors[group], upright=True)
-                if point.baseline is not None:
-                    axes.plot(place, point.baseline, clip_on=False, **_hollow(colors[group]))
-        for group, (label, level) in levels.items():
-            if level.low is not None and level.high is not None:
-                axes.axhspan(level.low, level.high, color=colors[group], alpha=0.15, linewidth=0)
-            axes.axhline(level.value, color=colors[group], linewidth=1.2, label=textwrap.fill(label, 54))
-            if level.baseline is not None:
-                axes.axhline(level.baseline, color=colors[group], linewidth=1.2, linestyle="--")
-        axes.set_xticks(range(len(categories)), categories)
-        axes.set_xlim(-0.5, len(categories) - 0.5)
-        axes.set_ylim(-0.03 * axes.get_ylim()[1], axes.get_ylim()[1])
-        axes.grid(axis="x", visible=False)
-        _legend(axes, title=title, columns=1)
-        return _svg(figure)
-
-
-def category_rows(
-    categories: Sequence[str],
-    series: Mapping[str, Sequence[Measured | None]],
-    x_label: str,
-    *,
-    title: str,
-    baseline: str,
-    from_zero: bool = True,
-) -> str:
-    """Horizontal bars of each category with intervals, runs as small dots and baselines as hollow diamonds.
-
-    Args:
-        categories: the C groups of bars, from the top.
-        series: label -> C figures; None leaves a gap.
-        x_label: axis label with its unit.
-        title: stands above the legend.
-        baseline: what the diamonds are.
-        from_zero: whether a bar starts at 0; else a dot stands at the value, and a line joins it to its baseline.
-    """
-    height = 0.8 / len(series)
-    with rc_context(_STYLE):
-        figure, axes = _axes(x_label, "", 1.1 + len(categories) * max(0.3, 0.08 + 0.14 * len(series)))
-        for i, (label, color) in enumerate(zip(series, PALETTE, strict=False)):
-            axes.plot([], [], color=color, label=label, **({"linewidth": 7} if from_zero else _DOT))
-            for k, point in enumerate(series[label]):
-                y = k + (i - (len(series) - 1) / 2) * height
-                if point is None:
-                    continue
-                if from_zero:
-                    axes.barh(y, point.value, height * 0.9, color=color)
-                else:
-                    axes.plot(point.value, y, color=color, **_DOT)
-                _details(axes, point, y, y + 0.3 * height, "#2b3442", upright=False)
-                if point.baseline is not None:
-                    axes.plot(point.baseline, y, clip_on=False, **_hollow(color))
-                    if not from_zero:
-                        axes.plot([point.value, point.baseline], [y] * 2, color=color, linewidth=1, zorder=1.9)
-        if any(point and point.baseline is not None for points in series.values() for point in points):
-            axes.plot([], [], **_hollow("#2b3442"), label=baseline)
-        axes.set_yticks(range(len(categories)), [textwrap.fill(name, 25) for name in categories], fontsize=8.5)
-        axes.set_ylim(len(categories) - 0.5, -0.5)
-        if from_zero:
-            axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="y", visible=False)
-        _legend(axes, title=title)
-        return _svg(figure)
-
-
-_DOT: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none"}
-
-
-def _details(axes, point: Measured, place: float, beside: float, color: str, *, upright: bool) -> None:
-    """A figure's interval at its place and its runs beside it, along the y axis where upright."""
-    intervals = [] if point.low is None or point.high is None else [point.low, point.high]
-    dots: dict[str, Any] = {"marker": ".", "markersize": 3.5, "linestyle": "none", "clip_on": False, "zorder": 3}
-    line: dict[str, Any] = {"marker": "_" if upright else "|", "markersize": 4, "linewidth": 1}
-    for values, at, style in ((intervals, place, line), (point.each, beside, dots)):
-        places = [at] * len(values)
-        if places:  # an empty line that is not clipped would take room at the figure's corner
-            axes.plot(*((places, values) if upright else (values, places)), color=color, **style)
-
-
-def _hollow(color: str) -> dict[str, Any]:
-    face = {"markerfacecolor": "white", "markeredgecolor": color, "markeredgewidth": 1}
-    return {"marker": "D", "markersize": 4, "linestyle": "none", "zorder": 3, **face}
-
-
-def _axes(x_label: str, y_label: str, height: float = FIGURE_SIZE[1]):
+def new_axes(x_label: str, y_label: str, height: float = FIGURE_SIZE[1]):
+    """(figure, axes) of the page's width, with axis labels; height in inches."""
     figure = Figure(figsize=(FIGURE_SIZE[0], height))
     axes = figure.subplots()
     axes.set_xlabel(x_label)
@@ -395,7 +270,7 @@ def _axes(x_label: str, y_label: str, height: float = FIGURE_SIZE[1]):
     return figure, axes
 
 
-def _legend(axes, *, title: str | None = None, columns: int | None = None) -> None:
+def add_legend(axes, *, title: str | None = None, columns: int | None = None) -> None:
     """A legend above the axes, where it hides no data, with the title above it."""
     handles, labels = axes.get_legend_handles_labels()
     form = {"ncols": columns or (3 if len(labels) == 3 else 2), "title": title, "alignment": "left"}
@@ -415,7 +290,8 @@ def _binned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
     return [sum(x[b]) / len(x[b]) for b in bins], [sum(y[b]) / len(y[b]) for b in bins]
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure's SVG element, the same bytes for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
     text = buffer.getvalue()

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from rlhf_jax.reporting import plots
+from rlhf_jax.reporting import category_plots, plots
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -67,8 +67,10 @@ def test_long_curves_are_means_of_consecutive_points():
 
 
 def test_rows_of_categories_name_their_series_first_and_waste_no_room():
-    points = [plots.Measured(float(i), i - 1.0, i + 1.0, baseline=0.5) for i in range(15)]
-    svg = plots.category_rows([f"c{i}" for i in range(15)], {"base": points}, "rate", title="T", baseline="held-out")
+    points = [category_plots.Measured(float(i), i - 1.0, i + 1.0, baseline=0.5) for i in range(15)]
+    svg = category_plots.category_rows(
+        [f"c{i}" for i in range(15)], {"base": points}, "rate", title="T", baseline="held-out"
+    )
     shown = texts(svg)
     assert shown.index("base") < shown.index("held-out")
     root = ElementTree.fromstring(svg)
