@@ -207,15 +207,16 @@ def _headlines(
         found.append((f"all private stages together, at {delta}", epsilon))
     for name, result in results.items():
         kind, figures = result.get("kind"), result.get("figures") or {}
-        if kind == "sft" and (loss := _last(metrics[name], "loss/eval")) is not None:
-            found.append((f"{name}: held-out loss (nats per token)", f"{loss:.3f}"))
-        if kind == "reward" and (accuracy := _last(metrics[name], "accuracy/eval")) is not None:
-            found.append((f"{name}: held-out accuracy", f"{100 * accuracy:.1f} %"))
-        if kind == "preference" and (accuracy := _last(metrics[name], "accuracy/eval")) is not None:
-            found.append((f"{name}: held-out preference accuracy", f"{100 * accuracy:.1f} %"))
+        # Of the result, which the last evaluation may not be.
+        if kind == "sft" and figures.get("loss/eval") is not None:
+            found.append((f"{name}: held-out loss (nats per token)", f"{figures['loss/eval']:.3f}"))
+        if kind in ("reward", "preference") and figures.get("accuracy") is not None:
+            what = "held-out accuracy" if kind == "reward" else "held-out preference accuracy"
+            found.append((f"{name}: {what}", f"{100 * figures['accuracy']:.1f} %"))
         if kind == "ppo" and is_number(figures.get("sft_score")) and is_number(figures.get("ppo_score")):
             found.append((f"{name}: score, SFT to PPO", f"{figures['sft_score']:.2f} → {figures['ppo_score']:.2f}"))
-        if kind == "ppo" and (kl := _last(metrics[name], "eval/kl", "objective/kl")) is not None:
+        kl = figures.get("kl", _last(metrics[name], "objective/kl"))
+        if kind == "ppo" and kl is not None:
             limit = f" of {number(figures['kl_limit'])}" if is_number(figures.get("kl_limit")) else ""
             found.append((f"{name}: KL (nats)", f"{kl:.2f}{limit}"))
         if kind == "best_of_n" and is_number(figures.get("score")) and is_number(figures.get("best_score")):

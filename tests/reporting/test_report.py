@@ -21,7 +21,14 @@ PPO_ROWS = [
     {"step": 4, "iteration": 1, "objective/kl": 0.5, "objective/scores": 0.1},
     {"step": 8, "iteration": 2, "objective/kl": 1.5, "objective/scores": 0.9, "eval/kl": 1.25, "eval/score": 0.8},
 ]
-PPO_FIGURES = {"kl_limit": 10.0, "sft_score": -0.5, "ppo_score": 0.75, "ppo_score_low": 0.5, "ppo_score_high": 1.0}
+PPO_FIGURES = {
+    "kl": 1.25,
+    "kl_limit": 10.0,
+    "sft_score": -0.5,
+    "ppo_score": 0.75,
+    "ppo_score_low": 0.5,
+    "ppo_score_high": 1.0,
+}
 
 
 def memorization_figures():
@@ -56,7 +63,7 @@ def write_workdir(folder, stages):
 def workdir(tmp_path):
     stages = {
         "prepare": ("prepare", {"records": {"train": 12345}}, [], None),
-        "sft": ("sft", {"loss": 2.5}, [SAMPLE] * 5, SFT_ROWS),
+        "sft": ("sft", {"loss/eval": 2.5}, [SAMPLE] * 5, SFT_ROWS),
         "ppo_low": ("ppo", PPO_FIGURES, [], PPO_ROWS),
         "leaks": ("memorization", memorization_figures(), [], None),
     }
@@ -102,11 +109,18 @@ def test_several_ppo_stages_stand_in_one_plot_each_of_score_and_kl(tmp_path):
     assert ["KL target" in section for section in stage_plots[1:4]] == [True, False, True]
 
 
+def test_headlines_are_of_the_result_and_not_of_the_last_evaluation(tmp_path):
+    rows = [{"step": i, "loss/eval": loss, "accuracy/eval": 1 - loss} for i, loss in enumerate((0.3, 0.2, 0.4))]
+    stages = {"sft": ("sft", {"loss/eval": 0.2}, [], rows), "judge": ("reward", {"accuracy": 0.8}, [], rows)}
+    page = write_report(write_workdir(tmp_path / "run", stages)).read_text()
+    assert "<b>0.200</b><span>sft: held-out loss" in page and "<b>80.0 %</b><span>judge: held-out accuracy" in page
+
+
 def test_values_that_are_not_finite_are_counted_not_hidden(tmp_path):
     nan = float("nan")
     rows = [{"step": 1, "loss/train": 3.0, "loss/eval": 3.0}, {"step": 2, "loss/train": nan, "loss/eval": nan}]
     figures = {"kl_limit": nan, "sft_score": nan, "ppo_score": nan}
-    stages = {"sft": ("sft", {"loss": nan}, [], rows), "ppo": ("ppo", figures, [], PPO_ROWS)}
+    stages = {"sft": ("sft", {"loss/eval": nan}, [], rows), "ppo": ("ppo", figures, [], PPO_ROWS)}
     page = write_report(write_workdir(tmp_path / "run", stages)).read_text()
     assert "Values left out as not finite: 2." in page
     assert "<b>nan</b><span>sft: held-out loss" in page
@@ -180,11 +194,13 @@ def test_private_runs_are_shown_against_their_epsilon(tmp_path):
 
 
 def test_a_sweep_of_many_stages_is_folded(tmp_path):
-    """Fifteen stages: twelve figures stay in sight, the others and every stage's section are folded away."""
-    stages = {f"ppo_{i}": ("ppo", PPO_FIGURES, [], None) for i in range(15)}
+    """Fifteen stages: twelve figures stay in sight, the others and sections are folded, but for what judges them."""
+    scores = {name: value for name, value in PPO_FIGURES.items() if name != "kl"}
+    stages = {f"ppo_{i}": ("ppo", scores, [], None) for i in range(15)} | {"leaks": ("memorization", {}, [], None)}
     page = write_report(write_workdir(tmp_path / "sweep", stages)).read_text()
     strip, _, rest = page.partition("5 more figures")  # time and number of stages, then one a stage: 17
     assert strip.count('class="key"') == 12 and rest.count('class="key"') == 5
-    assert page.count('<details class="card">') == page.count('<summary class="heading">') == 15
+    assert page.count('<details class="card">') == 15 and page.count('<summary class="heading">') == 16
+    assert page.count('<details class="card" open>') == 1
     few = write_report(write_workdir(tmp_path / "few", dict(list(stages.items())[:3]))).read_text()
     assert "more figures" not in few and '<details class="card">' not in few
