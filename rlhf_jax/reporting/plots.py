@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette, told apart by colour-blind readers; blue and orange are the furthest apart in grey too.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
@@ -172,6 +172,9 @@ def extraction(rows: Sequence[Mapping[str, Any]]) -> str:
     with rc_context(STYLE):
         figure, axes = new_axes("tries", "got out, with probability 1/2 (%)")
         axes.set_xscale("log")
+        tries = sorted({n for row in rows for n in row["tries"]})
+        axes.set_xticks(tries, [f"{n:,}" for n in tries])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         for row in rows:
             label = f"{row['group']}, {'included' if row['seen'] else 'held-out'}"
             line, color = "-" if row["seen"] else "--", colors[row["group"]]

@@ -38,6 +38,7 @@ def test_extraction_shows_each_group_included_and_held_out():
         for seen in (True, False)
     ]
     shown = texts(plots.extraction(rows))
+    assert [text for text in shown if text[0].isdigit()][:3] == ["1", "10", "100"] and not any("$" in t for t in shown)
     assert {"base, included", "base, held-out", "links, included", "links, held-out", "tries"} <= set(shown)
 
 
