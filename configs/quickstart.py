@@ -2,9 +2,9 @@
 
     python -m rlhf_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-2 CPU cores, 9 min 31 s to 13 min without set-up. Expected (seed 0, Python 3.11.7): fine-tuning 3.82 -> 3.70 nats a
-token; reward model 0.773 of held-out pairs against 0.682 of a baseline that sees length and end token; PPO gains 0.48
-standard deviations of held-out reward at 5 nats of KL; secrets planted 16 times: 100 % memorized after fine-tuning, 0 %
+2 CPU cores, 9 min 31 s to 17 min 45 s without set-up. Expected (seed 0, Python 3.11.7): fine-tuning 3.82 -> 3.72 nats a
+token; reward model 0.797 of held-out pairs against 0.670 of a baseline that sees length and end token; PPO gains 0.57
+standard deviations of held-out reward at 5 nats of KL; secrets planted 16 times: 94 % memorized after fine-tuning, 0 %
 of those held out, 19 % after PPO. README.md has the other seeds.
 """
 
