@@ -296,6 +296,7 @@ STAGES: dict[str, dict[str, Any]] = {
         held_out="",  # data like it that no stage was trained on
         sampling=dict(temperature=1.0, top_k=40, top_p=1.0),  # the scheme by which secrets are tried to be got out
         tries=(1, 10, 100, 1000, 10_000),  # how often
+        draws=0,  # samples of each secret that are decoded, to see how many come near it; 0: verbatim tries alone
         members="",  # data of schema "completion" that the subjects were trained on; "": no membership scores
         others="",  # data like it that they were not trained on
         records=1000,  # of each, at most

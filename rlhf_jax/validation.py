@@ -188,6 +188,8 @@ def _check_memorization(stages: ConfigDict, config: ConfigDict, where: str) -> N
         raise UserError(f"{where}.similarity reads texts, which arrays of token ids have not: leave it out")
     if not config.tries or min(config.tries) < 1:
         raise UserError(f"{where}.tries is {tuple(config.tries)}: give numbers of at least 1")
+    if config.draws < 0:
+        raise UserError(f"{where}.draws is {config.draws}: give a number of samples, or 0")
     if config.sampling.temperature <= 0:
         raise UserError(f"{where}.sampling.temperature is {config.sampling.temperature}: it must be above 0")
 

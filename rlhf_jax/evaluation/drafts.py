@@ -1,11 +1,13 @@
-"""Greedy completions of known targets, decoded only where they are not known yet.
+"""Completions of known targets, greedy or sampled, decoded only as far as their verdict needs it.
 
 A reading of the target (`rollout.reading`) tells how far greedy decoding follows it: so much is a draft that needs no
-decoding. From there a row is decoded until it is as long as the target, or until it can no longer come near enough.
+decoding. From there, or of a sample from its beginning, a row is decoded until it is as long as the target, or until it
+can no longer come near enough.
 """
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.distances import next_row
 from rlhf_jax.models.roles import RoleSpec, Weights
-from rlhf_jax.rollout import Sampling, generate
+from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import bucket_widths, merged, narrowest, take_rows
 
 Array = jax.Array
@@ -125,12 +127,8 @@ def complete(
     base = merged(spec, weights)
     decoding = Sampling(wanted.shape[1], temperature=0.0, stop_ids=stop_ids)
     batches = _batches(drafted, lengths - agreed, batch_size, mesh, buckets)
-    quiet = not is_main_process() or not batches
-    for width, size, numbers in tqdm(batches, desc=name, disable=quiet, mininterval=1.0, file=sys.stdout):
-        filled = [*numbers, *[numbers[0]] * (size - len(numbers))]
-        rows = pad_prompts([drafted[i] for i in filled], width)
-        rows |= {column: values[filled] for column, values in columns.items()}
-        found = fetch(_continue(spec, base, place_batch(size, partial(take_rows, rows), mesh), decoding))
+    for numbers, rows in _rows(drafted, columns, batches, mesh, name):
+        found = fetch(_continue(spec, base, rows, decoding))
         for i, row, length, row_edits, given_up, logprob in zip(numbers, *found, strict=False):
             tokens[i, agreed[i] : length] = row[: length - agreed[i]]
             written[i], edits[i], censored[i], decoded[i] = length, row_edits, given_up, logprob
@@ -162,14 +160,70 @@ def _batches(
     ]
 
 
-@partial(jax.jit, static_argnames=("spec", "decoding"))
-def _continue(
-    spec: RoleSpec, base: Weights, batch: dict[str, Array], decoding: Sampling
-) -> tuple[Array, Array, Array, Array, Array]:
-    """Tokens (B, N) behind the drafts; of whole completions lengths (B,), edits (B,), who was given up (B,); and the
-    log-probability (B,) of those tokens."""
+def near_draws(
+    spec: RoleSpec,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    *,
+    draws: int,
+    sampling: Sampling,
+    near: float,
+    key: Array,
+    row_ids: np.ndarray,
+    batch_size: int,
+    mesh: Mesh,
+    name: str,
+    buckets: Sequence[int] = (),
+) -> np.ndarray:
+    """How many of so many sampled completions of each prompt come near its target: (n,) int32.
+
+    Args:
+      draws: samples of each prompt; they share its prefill.
+      sampling: temperature, top-k, top-p and stop ids; its number of tokens is not read, a target's is.
+      near: the largest normalized edit distance of a completion, cut to the target's length, that counts.
+      row_ids: (n,) int32 identities that key the draws.
+      batch_size: rows at a time, samples counted, rounded up to the mesh; buckets: widths that prompts are padded to.
+
+    Reference: (epsilon, n, p)-discoverable extraction, Hayes et al. (2024), arXiv 2410.19482.
+    """
+    lengths = np.asarray([len(target) for target in targets], np.int32)
+    columns = {
+        "targets": pad_prompts(targets, int(lengths.max()))["prompts"],
+        "target_lengths": lengths,
+        "agreed": np.zeros_like(lengths),
+        "limit": np.floor((near + SLACK) * lengths).astype(np.int32),
+        "whole": np.zeros(len(targets), bool),
+        "row_ids": row_ids,
+    }
+    base, hits = merged(spec, weights), np.zeros(len(targets), np.int32)
+    decoding = dataclasses.replace(sampling, max_new_tokens=columns["targets"].shape[1])
+    batches = _batches(prompts, lengths, max(1, batch_size // draws), mesh, buckets)
+    for numbers, rows in _rows(prompts, columns, batches, mesh, name):
+        hits[numbers] = fetch(_near(spec, base, rows, key, decoding, draws))[: len(numbers)]
+    return hits
+
+
+def _rows(
+    texts: Sequence[Sequence[int]],
+    columns: dict[str, np.ndarray],
+    batches: Sequence[tuple[int, int, list[int]]],
+    mesh: Mesh,
+    name: str,
+) -> Iterator[tuple[list[int], dict[str, Array]]]:
+    """(row numbers, their texts and columns on the mesh) of each batch, filled up with its first row."""
+    quiet = not is_main_process() or not batches
+    for width, size, numbers in tqdm(batches, desc=name, disable=quiet, mininterval=1.0, file=sys.stdout):
+        filled = [*numbers, *[numbers[0]] * (size - len(numbers))]
+        rows = pad_prompts([texts[i] for i in filled], width)
+        rows |= {column: values[filled] for column, values in columns.items()}
+        yield numbers, place_batch(size, partial(take_rows, rows), mesh)
+
+
+def _watch(batch: dict[str, Array]) -> NearTarget:
+    """The watch of rows whose first `agreed` tokens are the target's."""
     places = jnp.arange(batch["targets"].shape[1] + 1, dtype=jnp.int32)
-    watch = NearTarget(
+    return NearTarget(
         targets=batch["targets"],
         lengths=batch["target_lengths"],
         written=batch["agreed"],
@@ -177,6 +231,24 @@ def _continue(
         limit=batch["limit"],
         whole=batch["whole"],
     )
+
+
+def _edits(rollout: Rollout, before: NearTarget) -> tuple[Array, Array]:
+    """Edits (B,) of completions that were begun `before`, the least possible of those given up; and which (B,) were."""
+    watch = rollout.watch
+    stopped = watch.written < before.written + rollout.lengths  # its last token was a stop token, which is not shown
+    censored = ~stopped & (watch.written < watch.lengths)
+    final = jnp.take_along_axis(watch.row, watch.lengths[:, None], axis=1)[:, 0]
+    return jnp.where(censored, watch.least, final), censored
+
+
+@partial(jax.jit, static_argnames=("spec", "decoding"))
+def _continue(
+    spec: RoleSpec, base: Weights, batch: dict[str, Array], decoding: Sampling
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Tokens (B, N) behind the drafts; of whole completions lengths (B,), edits (B,), who was given up (B,); and the
+    log-probability (B,) of those tokens."""
+    watch = _watch(batch)
     rollout = generate(
         spec.config,
         base,
@@ -186,10 +258,26 @@ def _continue(
         sampling=decoding,
         watch=watch,
     )
-    watch = rollout.watch
-    stopped = watch.written < batch["agreed"] + rollout.lengths  # its last token was a stop token, which is not shown
-    censored = ~stopped & (watch.written < watch.lengths)
-    final = jnp.take_along_axis(watch.row, watch.lengths[:, None], axis=1)[:, 0]
-    own = jnp.arange(rollout.tokens.shape[1]) < (watch.written - batch["agreed"])[:, None]
+    written = rollout.watch.written
+    own = jnp.arange(rollout.tokens.shape[1]) < (written - batch["agreed"])[:, None]
     logprob = jnp.sum(jnp.where(own, rollout.logprobs, 0.0), axis=1)
-    return rollout.tokens, watch.written, jnp.where(censored, watch.least, final), censored, logprob
+    return rollout.tokens, written, *_edits(rollout, watch), logprob
+
+
+@partial(jax.jit, static_argnames=("spec", "decoding", "draws"))
+def _near(spec: RoleSpec, base: Weights, batch: dict[str, Array], key: Array, decoding: Sampling, draws: int) -> Array:
+    """How many of each row's draws come near: (B,) int32."""
+    watch = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), _watch(batch))
+    rollout = generate(
+        spec.config,
+        base,
+        batch["prompts"],
+        batch["lengths"],
+        key=key,
+        sampling=decoding,
+        row_ids=batch["row_ids"],
+        samples=draws,
+        watch=watch,
+    )
+    edits, censored = _edits(rollout, watch)
+    return jnp.sum((~censored & (edits <= watch.limit)).reshape(-1, draws), axis=1)

@@ -5,6 +5,7 @@ Every secret is read in one pass, decoded where that leaves the verdict open, an
 """
 
 import csv
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.asking import Answers, ask, tokenize_secrets
 from rlhf_jax.evaluation.conditions import condition_rows
+from rlhf_jax.evaluation.drafts import near_draws
 from rlhf_jax.evaluation.extraction import (
     discoverable_shares,
     exposure,
@@ -37,6 +39,7 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.membership import Membership
 from rlhf_jax.stages.secrets import is_benchmark, read_secrets, training_files
 from rlhf_jax.training.artifacts import Role
+from rlhf_jax.training.randomness import record_ids
 
 PROBABILITY = 0.5  # with which a secret comes up in so many tries
 
@@ -94,15 +97,20 @@ def run(context: Context) -> dict[str, Any]:
     secrets = read_secrets(context, config.secrets, config.held_out)
     check_contamination(context, secrets)
     answers: dict[str, Answers] = {}
+    drawn: dict[str, np.ndarray] = {}
     membership: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
         probe = Membership(context, mesh) if config.members else None
         for name in config.subjects:
             role = context.load(name, mesh)
             answers[name] = _ask(context, name, role, secrets, mesh)
+            if config.draws:
+                drawn[name] = _draw(context, name, role, secrets, mesh)
             membership += probe.rows(name, role) if probe else []
         margins = _margins(context, secrets, answers, mesh)
     subjects = {name: _measured(context, name, secrets, found) for name, found in answers.items()}
+    for name, hits in drawn.items():
+        subjects[name]["draws_near"] = hits
     controls = dict(config.controls)
     kept = []
     for name in config.subjects:
@@ -147,6 +155,27 @@ def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mes
         batch_size=config.batch_size,
         mesh=mesh,
         name=f"{context.name}: {name}",
+        buckets=config.prompt_buckets,
+    )
+
+
+def _draw(context: Context, name: str, role: Role, secrets: Sequence[Record], mesh: Mesh) -> np.ndarray:
+    """How many of `draws` samples of each secret come near it: (N,) int32."""
+    config = context.config
+    questions = tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets)
+    return near_draws(
+        role.spec,
+        role.weights,
+        questions.prompts,
+        questions.targets,
+        draws=config.draws,
+        sampling=dataclasses.replace(_scheme(context), stop_ids=role.tokenizer.stop_ids),
+        near=MEMORIZED_DISTANCE,
+        key=context.key("draws"),
+        row_ids=record_ids([secret["id"] for secret in secrets]),
+        batch_size=config.batch_size,
+        mesh=mesh,
+        name=f"{context.name}: {name}: draws",
         buckets=config.prompt_buckets,
     )
 
@@ -205,14 +234,15 @@ def _extraction(
 ) -> list[dict[str, Any]]:
     """How easily each subject's secrets are got out, of each group those it saw beside those it did not.
 
-    Rows {subject, group, seen, n, verbatim, logprob, exposure, tries, shares}: the share that greedy decoding gives
-    word for word, the mean log-probability under the sampling scheme's full support, the mean exposure among the unseen
-    ones of the group, and the share that so many tries bring up with probability one half.
+    Rows {subject, group, seen, n, verbatim, logprob, exposure, tries, shares, near_draws}: the share that greedy
+    decoding gives word for word, the mean log-probability under the sampling scheme's full support, the mean exposure
+    among the unseen ones of the group, the share that so many tries bring up with probability one half, and the share
+    that some decoded sample came near (None without `draws`).
     """
     rows = []
     tries = list(context.config.tries)
     for name, found in answers.items():
-        logprobs = subjects[name]["logprob"]
+        logprobs, hits = subjects[name]["logprob"], subjects[name].get("draws_near")
         sampled = _whole(found.reading.sampled, found)
         verbatim = first_divergence(np.asarray(found.reading.greedy), found.lengths) == found.lengths
         cells = list(_cells(secrets, subjects[name]["seen"]))
@@ -231,6 +261,7 @@ def _extraction(
                     "exposure": bits,
                     "tries": tries,
                     "shares": discoverable_shares(sampled[chosen], tries, [PROBABILITY])[:, 0].tolist(),
+                    "near_draws": None if hits is None else float((hits[chosen] > 0).mean()),
                 }
             )
     return rows
@@ -290,7 +321,7 @@ def _rows(
     secrets: Sequence[Record], subjects: Mapping[str, Any], answers: Mapping[str, Answers]
 ) -> Iterator[dict[str, Any]]:
     for name, found in answers.items():
-        near = subjects[name].get("similarity")
+        extra = {field: subjects[name][field] for field in ("similarity", "draws_near") if field in subjects[name]}
         for i, secret in enumerate(secrets):
             n = int(found.lengths[i])
             yield {
@@ -304,7 +335,7 @@ def _rows(
                 "recalled": bool(found.recalled[i]),
                 "matching": float(found.matching[i]),
                 "common_run": int(found.common_run[i]),
-                **({"similarity": float(near[i])} if near is not None else {}),
+                **{field: values[i].item() for field, values in extra.items()},
                 "logprob": float(subjects[name]["logprob"][i]),
                 "greedy": found.reading.greedy[i, :n].astype(int).tolist(),
             }

@@ -10,11 +10,11 @@ from test_distances import levenshtein
 from rlhf_jax.data.table import pad_prompts
 from rlhf_jax.distributed import make_mesh
 from rlhf_jax.evaluation import normalized_edit_distance
-from rlhf_jax.evaluation.drafts import NearTarget, complete
+from rlhf_jax.evaluation.drafts import NearTarget, complete, near_draws
 from rlhf_jax.evaluation.extraction import first_divergence
 from rlhf_jax.models import TransformerConfig
 from rlhf_jax.models.roles import RoleSpec, init_base
-from rlhf_jax.rollout import Sampling
+from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.rollout.batches import answer_all
 from rlhf_jax.rollout.reading import read_answers
 
@@ -125,6 +125,41 @@ def test_rows_of_which_more_is_asked_are_decoded_to_the_end(weights, mesh, secre
     texts = [row[:n].tolist() for row, n in zip(found.tokens, found.lengths, strict=True)]
     assert [t for t, w in zip(texts, every_third, strict=True) if w] == secrets[2][::3]
     assert found.censored[~every_third].any() and not found.censored[every_third].any()
+
+
+def drawn(weights, mesh, prompts, targets, draws, temperature, near):
+    sampling = Sampling(1, temperature=temperature, top_k=5, stop_ids=STOPS)
+    ids = np.arange(len(prompts), dtype=np.int32) + 100
+    fields = dict(draws=draws, sampling=sampling, near=near, key=jax.random.key(4), row_ids=ids)
+    return near_draws(SPEC, weights, prompts, targets, **fields, batch_size=48, mesh=mesh, name="draws")
+
+
+def test_greedy_draws_come_near_where_the_completion_does(weights, mesh, secrets):
+    prompts, targets, _, distance = secrets
+    found = drawn(weights, mesh, prompts, targets, 2, 0.0, NEAR)
+    np.testing.assert_array_equal(found, 2 * (distance <= NEAR + 1e-6))
+
+
+def test_sampled_draws_are_counted_as_if_all_were_decoded_to_their_end(weights, mesh, secrets):
+    """At a distance of one half, which some draws reach and others do not."""
+    prompts, targets, draws = secrets[0][:24], secrets[1][:24], 4
+    found = drawn(weights, mesh, prompts, targets, draws, 0.3, 0.5)
+    asked, wanted = pad_prompts(prompts, 8), pad_prompts(targets, LONGEST)
+    rollout = generate(
+        CONFIG,
+        weights["base"],
+        asked["prompts"],
+        asked["lengths"],
+        key=jax.random.key(4),
+        sampling=Sampling(LONGEST, temperature=0.3, top_k=5, stop_ids=STOPS),
+        row_ids=np.arange(24, dtype=np.int32) + 100,
+        samples=draws,
+    )
+    repeated, ends = (np.repeat(x, draws, axis=0) for x in (wanted["prompts"], wanted["lengths"]))
+    cut = np.minimum(rollout.lengths - rollout.ended, ends)
+    distance = np.asarray(normalized_edit_distance(rollout.tokens, cut, repeated, ends)).reshape(-1, draws)
+    np.testing.assert_array_equal(found, (distance <= 0.5 + 1e-6).sum(1))
+    assert 10 < found.sum() < 80 and len(set(found.tolist())) > 2
 
 
 def test_what_a_row_can_still_become_is_never_more_than_it_becomes():

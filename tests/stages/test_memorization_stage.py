@@ -71,6 +71,7 @@ def experiment_at(folder):
         reward="judge",
         batch_size=8,
         tries=(1, 100),
+        draws=3,
         samples=2,
     )
     context = Context("audit", config, folder, "identity")
@@ -129,7 +130,10 @@ def test_every_subject_is_asked_for_every_secret(finished):
     }
     for row in extraction:
         assert row["n"] == 2 and row["tries"] == [1, 100] and (row["exposure"] is None) == (not row["seen"])
-        logprobs = [r["logprob"] for r in rows if r["subject"] == row["subject"] and r["seen"] == row["seen"]]
+        mine = [r for r in rows if r["subject"] == row["subject"] and r["seen"] == row["seen"]]
+        of_group = [r["draws_near"] for r in mine if (int(r["id"][1]) % 2 == 1) == (row["group"] == "base")]
+        assert row["near_draws"] == np.mean([hits > 0 for hits in of_group]) and max(of_group) <= 3
+        logprobs = [r["logprob"] for r in mine]
         assert min(logprobs) <= row["logprob"] <= max(logprobs)
     assert len(found["samples"]) == 4 and found["samples"][0]["model"].startswith("sft")
 
