@@ -230,9 +230,12 @@ def test_a_deleted_stage_still_counts(config, whole, tmp_path):
 
 @pytest.mark.slow
 def test_private_stages_and_their_audit_on_a_mesh_are_those_of_one_device(config, whole, tmp_path):
-    """Four devices, two ways of sharding: the same batches, noise and canaries, and so the same run up to rounding."""
+    """Four devices, two ways of sharding: the same batches and noise, and so the same run up to rounding.
+
+    An audit draws noise of its own, whose size it tells from 400 idle coordinates: to 4 % or so.
+    """
     audited = tmp_path / "audited.py"
-    kind = 'stage("audit", subject="private_sft", canaries=20, idle=10)'
+    kind = 'stage("audit", subject="private_sft", canaries=20, idle=200)'
     audited.write_text(
         f"import runpy\nfrom rlhf_jax.config import stage\ndef get_config():\n"
         f"    config = runpy.run_path({str(config)!r})['get_config']()\n"
@@ -254,5 +257,6 @@ def test_private_stages_and_their_audit_on_a_mesh_are_those_of_one_device(config
                 row.pop("accuracy/eval", None)  # of eight pairs, some of them ties but for rounding
             assert one == pytest.approx(other, rel=2e-3, abs=2e-4)
     one, other = (result(workdir, "audit")["figures"] for workdir in (alone, spread))
-    for figures in ((one.pop("noise"), other.pop("noise")), (one, other)):
-        assert figures[0] == pytest.approx(figures[1], rel=1e-2, abs=1e-3)
+    assert one["noise"]["stddev"] == pytest.approx(other["noise"]["stddev"], rel=0.2)
+    for name in ("subject", "canaries", "noisy_steps", "epsilon_claimed", "delta"):
+        assert one[name] == other[name]
