@@ -6,7 +6,6 @@ Every secret is read in one pass, decoded where that leaves the verdict open, an
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from rlhf_jax.config import is_private
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.distributed.processes import is_main_process
-from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.asking import Answers, ask, tokenize_secrets
 from rlhf_jax.evaluation.conditions import condition_rows
 from rlhf_jax.evaluation.drafts import near_draws
@@ -37,50 +35,11 @@ from rlhf_jax.rollout.batches import score_all
 from rlhf_jax.rollout.functions import load_function, score_answers
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.membership import Membership
-from rlhf_jax.stages.secrets import is_benchmark, read_secrets, training_files
+from rlhf_jax.stages.secrets import check_contamination, is_benchmark, read_secrets, training_files
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.randomness import record_ids
 
 PROBABILITY = 0.5  # with which a secret comes up in so many tries
-
-
-# --- secrets ----------------------------------------------------------------------------------------------------------
-
-
-def check_contamination(context: Context, secrets: Sequence[Record]) -> None:
-    """Raises a UserError for a secret that stands in a subject's training data and was not planted there.
-
-    What a model stage wrote (pairs, best answers) is not looked at, but what it was written from is.
-    """
-    stages = context.experiment.stages
-    files = {k: v for subject in context.config.subjects for k, v in training_files(context, subject).items()}
-    for name, value in files.items():
-        maker, path = value.split("/")[0], context.resolve(value)
-        if maker in stages and stages[maker].kind not in ("prepare", "tokenizer"):
-            continue
-        others = [secret for secret in secrets if name not in secret["planted_in"] and "completion" in secret]
-        if path is None or path.suffix != ".jsonl" or not others:
-            continue
-        text = "\n".join(_texts(path))
-        for secret in others:
-            if (secret["entity"] or secret["prompt"] + secret["completion"]) in text:
-                raise UserError(
-                    f"{context.config.secrets}: secret {secret['id']} stands in {path}, where it was not planted: take "
-                    "it out of that file, or name the file in its planted_in"
-                )
-
-
-def _texts(path: Path) -> Iterator[str]:
-    """The text of every record of a file: its document, or its prompt with each of its answers."""
-    with path.open(encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            yield str(record.get("text", ""))
-            for answer in ("completion", "chosen", "rejected"):
-                if answer in record:
-                    yield f"{record.get('prompt', '')}{record[answer]}"
-
-
-# --- the stage --------------------------------------------------------------------------------------------------------
 
 
 def check(context: Context) -> None:

@@ -1,7 +1,7 @@
 """Planted secrets as stages know them: where they are, who has seen them, and how likely they are while one trains."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,39 @@ def _read_arrays(context: Context, source: str) -> list[Record]:
         {"id": str(i), **MANIFEST, "prompt_ids": prefix, "completion_ids": suffix, "planted_in": planted}
         for i, (prefix, suffix) in enumerate(rows)
     ]
+
+
+def check_contamination(context: Context, secrets: Sequence[Record]) -> None:
+    """Raises a UserError for a secret that stands in a subject's training data and was not planted there.
+
+    What a model stage wrote (pairs, best answers) is not looked at, but what it was written from is.
+    """
+    stages = context.experiment.stages
+    files = {k: v for subject in context.config.subjects for k, v in training_files(context, subject).items()}
+    for name, value in files.items():
+        maker, path = value.split("/")[0], context.resolve(value)
+        if maker in stages and stages[maker].kind not in ("prepare", "tokenizer"):
+            continue
+        others = [secret for secret in secrets if name not in secret["planted_in"] and "completion" in secret]
+        if path is None or path.suffix != ".jsonl" or not others:
+            continue
+        text = "\n".join(_texts(path))
+        for secret in others:
+            if (secret["entity"] or secret["prompt"] + secret["completion"]) in text:
+                raise UserError(
+                    f"{context.config.secrets}: secret {secret['id']} stands in {path}, where it was not planted: take "
+                    "it out of that file, or name the file in its planted_in"
+                )
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The text of every record of a file: its document, or its prompt with each of its answers."""
+    with path.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            yield str(record.get("text", ""))
+            for answer in ("completion", "chosen", "rejected"):
+                if answer in record:
+                    yield f"{record.get('prompt', '')}{record[answer]}"
 
 
 def follow_secrets(

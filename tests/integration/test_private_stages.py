@@ -232,10 +232,10 @@ def test_a_deleted_stage_still_counts(config, whole, tmp_path):
 def test_private_stages_and_their_audit_on_a_mesh_are_those_of_one_device(config, whole, tmp_path):
     """Four devices, two ways of sharding: the same batches and noise, and so the same run up to rounding.
 
-    An audit draws noise of its own, whose size it tells from 400 idle coordinates: to 4 % or so.
+    An audit draws noise of its own, whose size it tells from 180 idle coordinates: to 5 % or so.
     """
     audited = tmp_path / "audited.py"
-    kind = 'stage("audit", subject="private_sft", canaries=20, idle=200)'
+    kind = 'stage("audit", subject="private_sft", canaries=20, idle=90)'
     audited.write_text(
         f"import runpy\nfrom rlhf_jax.config import stage\ndef get_config():\n"
         f"    config = runpy.run_path({str(config)!r})['get_config']()\n"
@@ -257,6 +257,6 @@ def test_private_stages_and_their_audit_on_a_mesh_are_those_of_one_device(config
                 row.pop("accuracy/eval", None)  # of eight pairs, some of them ties but for rounding
             assert one == pytest.approx(other, rel=2e-3, abs=2e-4)
     one, other = (result(workdir, "audit")["figures"] for workdir in (alone, spread))
-    assert one["noise"]["stddev"] == pytest.approx(other["noise"]["stddev"], rel=0.2)
+    assert one["noise"]["stddev"] == pytest.approx(other["noise"]["stddev"], rel=0.3)
     for name in ("subject", "canaries", "noisy_steps", "epsilon_claimed", "delta"):
         assert one[name] == other[name]
