@@ -27,7 +27,7 @@ from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import bucket_widths, merged, narrowest, take_rows
 
 Array = jax.Array
-ROUNDED = 32  # tokens
+ROUNDED = 8  # tokens
 SLACK = 1e-6  # of a normalized distance: one edit in ten tokens is near at a threshold of 0.1
 
 
