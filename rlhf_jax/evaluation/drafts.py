@@ -24,7 +24,7 @@ from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.distances import next_row
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.rollout import Rollout, Sampling, generate
-from rlhf_jax.rollout.batches import bucket_widths, merged, narrowest, take_rows
+from rlhf_jax.rollout.batches import bucket_widths, by_width, merged, take_rows
 
 Array = jax.Array
 ROUNDED = 8  # tokens
@@ -150,14 +150,7 @@ def _batches(
     size = -(-min(size, 1 << (len(waiting) - 1).bit_length()) // shards) * shards
     longest = -(-max(len(drafted[i]) for i in waiting) // ROUNDED) * ROUNDED
     widths = bucket_widths(buckets, longest)
-    groups: dict[int, list[int]] = {width: [] for width in widths}
-    for number in waiting:
-        groups[narrowest(widths, len(drafted[number]))].append(number)
-    return [
-        (width, size, numbers[start : start + size])
-        for width, numbers in groups.items()
-        for start in range(0, len(numbers), size)
-    ]
+    return [(width, size, numbers) for width, numbers in by_width(drafted, waiting, widths, size)]
 
 
 def near_draws(

@@ -1,7 +1,7 @@
 """Answers to a whole set of prompts, batch by batch at one shape."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,20 @@ def narrowest(widths: Sequence[int], length: int) -> int:
     return next(width for width in widths if width >= length)
 
 
+def by_width(
+    texts: Sequence[Sequence[int]], numbers: Iterable[int], widths: Sequence[int], size: int
+) -> list[tuple[int, list[int]]]:
+    """(width, at most `size` row numbers) of each batch: rows of one of the `bucket_widths` together, in order."""
+    groups: dict[int, list[int]] = {width: [] for width in widths}
+    for number in numbers:
+        groups[narrowest(widths, len(texts[number]))].append(number)
+    return [
+        (width, members[start : start + size])
+        for width, members in groups.items()
+        for start in range(0, len(members), size)
+    ]
+
+
 def take_rows(rows: dict[str, np.ndarray], mine: np.ndarray) -> dict[str, np.ndarray]:
     """The rows that a process places, of columns (n, ...)."""
     return {name: field[mine] for name, field in rows.items()}
@@ -78,14 +92,7 @@ def answer_all(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(prompts)) // shards) * shards
     widths = bucket_widths(buckets, max(len(ids) for ids in prompts))
-    groups: dict[int, list[int]] = {width: [] for width in widths}
-    for number, ids in enumerate(prompts):
-        groups[narrowest(widths, len(ids))].append(number)
-    batches = [
-        (width, numbers[start : start + size])
-        for width, numbers in groups.items()
-        for start in range(0, len(numbers), size)
-    ]
+    batches = by_width(prompts, range(len(prompts)), widths, size)
     base = merged(spec, weights)
     tokens = np.zeros((len(prompts), sampling.max_new_tokens), np.int32)
     lengths, ended = np.zeros(len(prompts), np.int32), np.zeros(len(prompts), bool)
