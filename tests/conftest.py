@@ -1,8 +1,8 @@
 """Every test shares one compilation cache; JAX's dtype warnings are errors (pyproject.toml).
 
-Programs are compiled without LLVM's optimizations and without XLA's MLIR emitters of fused loops (its older emitter
-does the same in less time), here and in the commands that tests run: most of the tests' time is compiling, and three
-quarters of that was theirs. XLA's passes over programs are those of every user.
+Programs are compiled without LLVM's optimizations and without XLA's MLIR emitters of fused loops, whose work its older
+emitter does in less time; here, and in the commands that tests run. Most of the tests' time is compiling, and each
+about halves it. XLA's passes over programs are those of every user.
 """
 
 import os
