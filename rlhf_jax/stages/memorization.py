@@ -104,13 +104,14 @@ def _scheme(context: Context) -> Sampling:
 
 def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mesh: Mesh) -> Answers:
     config = context.config
+    whole = is_benchmark(config.secrets) or config.similarity or config.reward  # all read completions to their end
     return ask(
         role.spec,
         role.weights,
         role.tokenizer,
         tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets),
         scheme=_scheme(context),
-        near=1.0 if is_benchmark(config.secrets) or config.similarity else MEMORIZED_DISTANCE,  # 1: all of them whole
+        near=1.0 if whole else MEMORIZED_DISTANCE,
         batch_size=config.batch_size,
         mesh=mesh,
         name=f"{context.name}: {name}",
@@ -231,7 +232,8 @@ def _margins(
 ) -> list[dict[str, Any]]:
     """How the reward model scores each secret less the subject's greedy answer, of those in its data and of the others.
 
-    Both are read as whole answers, with their end. A positive margin is what policy optimization would go after.
+    Both are read as answers with their end, the subject's cut to the secret's length. A positive margin is what policy
+    optimization would go after.
     """
     config = context.config
     if not config.reward:

@@ -118,7 +118,7 @@ def test_every_subject_is_asked_for_every_secret(finished):
         s = next(s for s in SECRETS if s["id"] == row["id"])
         assert row["seen"] == ((row["subject"] == "sft") == (s["half"] == "a"))
         assert len(row["greedy"]) == len(TOKENIZER.encode(s["completion"])) and row["logprob"] < 0
-        assert (row["characters"] is None) == row["given_up"] == (row["given_up"] and s["group"] == "base")
+        assert row["characters"] is not None and not row["given_up"]  # a reward model reads whole completions
     everything = next(r for r in figures["table"] if r["subject"] == "sft" and r["group"] == r["duplicates"] == "all")
     assert (everything["n_included"], everything["n_held_out"]) == (4, 4)
     extraction = figures["extraction"]
@@ -136,6 +136,17 @@ def test_every_subject_is_asked_for_every_secret(finished):
         logprobs = [r["logprob"] for r in mine]
         assert min(logprobs) <= row["logprob"] <= max(logprobs)
     assert len(found["samples"]) == 4 and found["samples"][0]["model"].startswith("sft")
+
+
+def test_completions_that_nobody_reads_are_given_up(context, monkeypatch):
+    with_roles(context, monkeypatch)
+    context.config.update(members="", others="", reference="", reward="", draws=0)
+    figures = memorization.run(context)["figures"]
+    rows = [json.loads(line) for line in (context.folder / "answers.jsonl").read_text().splitlines()]
+    assert sum(figures["given_up"].values()) == sum(row["given_up"] for row in rows) > 0
+    for row in rows:
+        assert row["given_up"] <= (row["id"] in ("s1", "s3", "s5", "s7")) and "draws_near" not in row  # never a link
+        assert (row["characters"] is None) == row["given_up"]
 
 
 def test_a_condition_is_all_runs_that_repeat_it(finished):
