@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.evaluation.intervals import newcombe_difference, wilson
-from rlhf_jax.evaluation.memorization import GROUPS, counterfactual_scores, memorized
+from rlhf_jax.evaluation.memorization import GROUPS, mean_over, memorized
 
 Array = np.ndarray
 
@@ -60,14 +60,8 @@ def _cells(secrets: Sequence[Mapping]) -> Iterator[tuple[str, str, Array]]:
                 yield stage, group, chosen
 
 
-def _by_secret(values: Array, among: Array) -> Array:
-    """The mean of each column of (runs, N) over the runs in `among`; NaN where there is none."""
-    count = among.sum(0)
-    return np.where(count > 0, np.where(among, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)
-
-
 def _share(name: str, hits: Array, among: Array) -> dict[str, Any]:
-    shares = _by_secret(hits, among)
+    shares = mean_over(hits, among)
     shares = shares[~np.isnan(shares)]
     n = len(shares)
     if not n:
@@ -77,8 +71,8 @@ def _share(name: str, hits: Array, among: Array) -> dict[str, Any]:
 
 
 def _counterfactual(hits: Array, seen: Array) -> dict[str, Any]:
-    both = ~np.isnan(counterfactual_scores(hits, seen))
-    with_it, without = (_by_secret(hits, among)[both] for among in (seen, ~seen))
+    both = seen.any(0) & ~seen.all(0)
+    with_it, without = (mean_over(hits, among)[both] for among in (seen, ~seen))
     n = int(both.sum())
     found = newcombe_difference(float(with_it.sum()), n, float(without.sum()), n) if n else (None, None, None)
     return dict(zip(("counterfactual", "counterfactual_low", "counterfactual_high"), found, strict=True))

@@ -24,7 +24,7 @@ from rlhf_jax.distributed.sharding import fetch, place_batch
 from rlhf_jax.evaluation.distances import next_row
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.rollout import Rollout, Sampling, generate
-from rlhf_jax.rollout.batches import bucket_widths, by_width, merged, take_rows
+from rlhf_jax.rollout.batches import bucket_widths, by_width, merged, on_all_shards, take_rows
 
 Array = jax.Array
 ROUNDED = 8  # tokens
@@ -110,16 +110,10 @@ def complete(
       whole: (n,) bool: rows that are decoded to the end, near or not, as more than their distance is asked.
       batch_size: rows at a time, rounded up to the mesh; buckets: widths that prompts with their drafts are padded to.
     """
-    lengths, agreed = np.asarray([len(target) for target in targets], np.int32), np.asarray(agreed, np.int32)
+    columns, agreed = _columns(targets, near), np.asarray(agreed, np.int32)
+    columns |= {"agreed": agreed} | ({} if whole is None else {"whole": whole})
+    wanted, lengths = columns["targets"], columns["target_lengths"]
     drafted = [[*prompt, *target[:n]] for prompt, target, n in zip(prompts, targets, agreed, strict=True)]
-    wanted = pad_prompts(targets, int(lengths.max()))["prompts"]
-    columns = {
-        "targets": wanted,
-        "target_lengths": lengths,
-        "agreed": agreed,
-        "limit": np.floor((near + SLACK) * lengths).astype(np.int32),
-        "whole": np.zeros(len(targets), bool) if whole is None else whole,
-    }
     tokens = np.where(np.arange(wanted.shape[1]) < agreed[:, None], wanted, 0)
     written, edits, censored = agreed.copy(), np.zeros(len(targets), np.int32), np.zeros(len(targets), bool)
     decoded = np.zeros(len(targets), np.float32)
@@ -135,6 +129,18 @@ def complete(
     return Completions(tokens, written, edits / np.maximum(lengths, 1).astype(np.float32), censored, decoded)
 
 
+def _columns(targets: Sequence[Sequence[int]], near: float) -> dict[str, np.ndarray]:
+    """What a watch of n rows starts from: none has a draft, all may be given up."""
+    lengths = np.asarray([len(target) for target in targets], np.int32)
+    return {
+        "targets": pad_prompts(targets, int(lengths.max()))["prompts"],
+        "target_lengths": lengths,
+        "agreed": np.zeros_like(lengths),
+        "limit": np.floor((near + SLACK) * lengths).astype(np.int32),
+        "whole": np.zeros(len(targets), bool),
+    }
+
+
 def _batches(
     drafted: Sequence[Sequence[int]], left: np.ndarray, size: int, mesh: Mesh, buckets: Sequence[int]
 ) -> list[tuple[int, int, list[int]]]:
@@ -146,8 +152,7 @@ def _batches(
     waiting = [int(i) for i in np.argsort(-left, kind="stable") if left[i]]
     if not waiting:
         return []
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(size, 1 << (len(waiting) - 1).bit_length()) // shards) * shards
+    size = on_all_shards(min(size, 1 << (len(waiting) - 1).bit_length()), mesh)
     longest = -(-max(len(drafted[i]) for i in waiting) // ROUNDED) * ROUNDED
     widths = bucket_widths(buckets, longest)
     return [(width, size, numbers) for width, numbers in by_width(drafted, waiting, widths, size)]
@@ -180,18 +185,10 @@ def near_draws(
 
     Reference: (epsilon, n, p)-discoverable extraction, Hayes et al. (2024), arXiv 2410.19482.
     """
-    lengths = np.asarray([len(target) for target in targets], np.int32)
-    columns = {
-        "targets": pad_prompts(targets, int(lengths.max()))["prompts"],
-        "target_lengths": lengths,
-        "agreed": np.zeros_like(lengths),
-        "limit": np.floor((near + SLACK) * lengths).astype(np.int32),
-        "whole": np.zeros(len(targets), bool),
-        "row_ids": row_ids,
-    }
+    columns = _columns(targets, near) | {"row_ids": row_ids}
     base, hits = merged(spec, weights), np.zeros(len(targets), np.int32)
     decoding = dataclasses.replace(sampling, max_new_tokens=columns["targets"].shape[1])
-    batches = _batches(prompts, lengths, max(1, batch_size // draws), mesh, buckets)
+    batches = _batches(prompts, columns["target_lengths"], max(1, batch_size // draws), mesh, buckets)
     for numbers, rows in _rows(prompts, columns, batches, mesh, name):
         hits[numbers] = fetch(_near(spec, base, rows, key, decoding, draws))[: len(numbers)]
     return hits

@@ -165,10 +165,13 @@ def counterfactual_scores(memorized: np.ndarray, seen: np.ndarray) -> np.ndarray
     Reference: Zhang et al. (2023), "Counterfactual memorization in neural language models", arXiv 2112.12938.
     """
     memorized, seen = np.asarray(memorized, float), np.asarray(seen, bool)
-    with_it, without = seen.sum(0), (~seen).sum(0)
-    difference = np.where(seen, memorized, 0.0).sum(0) / np.maximum(with_it, 1)
-    difference -= np.where(seen, 0.0, memorized).sum(0) / np.maximum(without, 1)
-    return np.where((with_it > 0) & (without > 0), difference, np.nan)
+    return mean_over(memorized, seen) - mean_over(memorized, ~seen)
+
+
+def mean_over(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """The mean of each column of (runs, N) over the runs in `among`, (runs, N) bool: (N,), NaN where there is none."""
+    count = among.sum(0)
+    return np.where(count > 0, np.where(among, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def _cells(secrets: Sequence[Mapping]) -> Iterator[tuple[str, int | str, np.ndarray]]:

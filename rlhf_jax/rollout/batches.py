@@ -41,6 +41,12 @@ def narrowest(widths: Sequence[int], length: int) -> int:
     return next(width for width in widths if width >= length)
 
 
+def on_all_shards(rows: int, mesh: Mesh) -> int:
+    """A number of rows, rounded up to what divides over the mesh's batch axes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // shards) * shards
+
+
 def by_width(
     texts: Sequence[Sequence[int]], numbers: Iterable[int], widths: Sequence[int], size: int
 ) -> list[tuple[int, list[int]]]:
@@ -89,8 +95,7 @@ def answer_all(
     Returns:
       tokens (n, N) int32, lengths (n,) int32 and ended (n,) bool, in the prompts' order, on the host of every process.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(batch_size, len(prompts)) // shards) * shards
+    size = on_all_shards(min(batch_size, len(prompts)), mesh)
     widths = bucket_widths(buckets, max(len(ids) for ids in prompts))
     batches = by_width(prompts, range(len(prompts)), widths, size)
     base = merged(spec, weights)
@@ -165,8 +170,7 @@ def _over_batches(
     name: str,
 ) -> Any:
     """What `function` (prompts, lengths, answers, lengths) makes of all rows, on the host: its tree of (n, ...)."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(batch_size, len(prompts)) // shards) * shards
+    size = on_all_shards(min(batch_size, len(prompts)), mesh)
     asked, given = (pad_prompts(rows, max(map(len, rows))) for rows in (prompts, answers))
     columns = {**asked, "answers": given["prompts"], "answer_lengths": given["lengths"]}
     parts = []

@@ -19,7 +19,7 @@ from rlhf_jax.config import is_private
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.distributed.processes import is_main_process
-from rlhf_jax.evaluation.asking import Answers, ask, tokenize_secrets
+from rlhf_jax.evaluation.asking import Answers, Questions, ask, tokenize_secrets
 from rlhf_jax.evaluation.conditions import condition_rows
 from rlhf_jax.evaluation.drafts import near_draws
 from rlhf_jax.evaluation.extraction import (
@@ -62,9 +62,11 @@ def run(context: Context) -> dict[str, Any]:
         probe = Membership(context, mesh) if config.members else None
         for name in config.subjects:
             role = context.load(name, mesh)
-            answers[name] = _ask(context, name, role, secrets, mesh)
+            questions = tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets)
+            answers[name] = _ask(context, name, role, questions, mesh)
             if config.draws:
-                drawn[name] = _draw(context, name, role, secrets, mesh)
+                row_ids = record_ids([secret["id"] for secret in secrets])
+                drawn[name] = _draw(context, name, role, questions, row_ids, mesh)
             membership += probe.rows(name, role) if probe else []
         margins = _margins(context, secrets, answers, mesh)
     subjects = {name: _measured(context, name, secrets, found) for name, found in answers.items()}
@@ -102,14 +104,14 @@ def _scheme(context: Context) -> Sampling:
     return Sampling(1, fields.temperature, fields.top_k, fields.top_p, stop_ids=())
 
 
-def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mesh: Mesh) -> Answers:
+def _ask(context: Context, name: str, role: Role, questions: Questions, mesh: Mesh) -> Answers:
     config = context.config
     whole = is_benchmark(config.secrets) or config.similarity or config.reward  # all read completions to their end
     return ask(
         role.spec,
         role.weights,
         role.tokenizer,
-        tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets),
+        questions,
         scheme=_scheme(context),
         near=1.0 if whole else MEMORIZED_DISTANCE,
         batch_size=config.batch_size,
@@ -119,10 +121,9 @@ def _ask(context: Context, name: str, role: Role, secrets: Sequence[Record], mes
     )
 
 
-def _draw(context: Context, name: str, role: Role, secrets: Sequence[Record], mesh: Mesh) -> np.ndarray:
+def _draw(context: Context, name: str, role: Role, questions: Questions, row_ids: np.ndarray, mesh: Mesh) -> np.ndarray:
     """How many of `draws` samples of each secret come near it: (N,) int32."""
     config = context.config
-    questions = tokenize_secrets(role.tokenizer, secrets, role.spec.config.context, config.secrets)
     return near_draws(
         role.spec,
         role.weights,
@@ -132,7 +133,7 @@ def _draw(context: Context, name: str, role: Role, secrets: Sequence[Record], me
         sampling=dataclasses.replace(_scheme(context), stop_ids=role.tokenizer.stop_ids),
         near=MEMORIZED_DISTANCE,
         key=context.key("draws"),
-        row_ids=record_ids([secret["id"] for secret in secrets]),
+        row_ids=row_ids,
         batch_size=config.batch_size,
         mesh=mesh,
         name=f"{context.name}: {name}: draws",

@@ -1,11 +1,11 @@
 """A sweep compiles once: stages of other names, learning rates, KL coefficients or betas share all their programs."""
 
-import json
 from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from test_memorization_stage import write
 
 from rlhf_jax import pipeline, reporting
 from rlhf_jax.config import experiment, stage
@@ -22,11 +22,6 @@ EVERYTHING = {  # every program is kept on disk, however small or soon compiled
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 def sweep(folder):
