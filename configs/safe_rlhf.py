@@ -23,7 +23,7 @@ the threshold is lowered. Measured with rounds=2: true cost 0.27, then -0.17 at 
 
 Real pairs, FOLDER/safety-pairs/pku_safe_unsafe_5k.jsonl.gz {prompt, safe, unsafe} and hh_both_labels.jsonl.gz (which
 answer is better and which safer, no safety labels), split by prompt into a part to train on and a part for the judges.
-22 min 44 s on 2 CPU cores. A model of 0.4 million parameters hardly reads content: 60 % of pairs right by the cost model
+22 min 44 s on 2 CPU cores. A model of 0.4 million parameters hardly reads content: 60 % of the pairs are right
 (60 % by lengths alone); the judges' mean cost 0.77 -> -0.20 [-0.21, -0.19] under the Lagrangian, -0.07 [-0.30, 0.16]
 without a constraint.
 

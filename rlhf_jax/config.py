@@ -129,6 +129,7 @@ CONSTRAINT = dict(  # Safe RLHF: the mean cost of answers is held at or below a 
     delay=0,  # iterations before lambda moves
     pessimism=0.0,  # standard errors of the window's mean that are added to it
     per_prompt=False,  # True: a prompt whose answers cost less than the threshold earns nothing for the others
+    adjustment=dict(kind="none", k=1.0),  # as `reward_adjustment`, but uncertainty adds to a cost
 )
 ANSWERS: dict[str, Any] = dict(  # of stages that decode and score
     max_new_tokens=32,
@@ -139,9 +140,15 @@ ANSWERS: dict[str, Any] = dict(  # of stages that decode and score
     missing_end="set",  # as ppo's
     missing_end_penalty=-1.0,
 )
+ADJUSTMENT: dict[str, Any] = dict(  # of scores that know their uncertainty: sources "laplace", or with `members`
+    kind="none",  # "none" (the mean) | "std" | "variance" (the mean less k times it) | "worst" (of the members)
+    k=1.0,
+    chosen_by="",  # an overoptimization stage, whose held-out prompts chose this kind's k for this source
+)
 REWARD_SOURCES = dict(
     reward=REQUIRED,  # SOURCE[,SOURCE...]: a reward stage, a sequence-classification folder, or FILE.py:FUNCTION
     reward_weights=(),  # one a source; () weighs each 1
+    reward_adjustment=ADJUSTMENT,
 )
 PROMPTS: dict[str, Any] = dict(
     data=REQUIRED,
@@ -169,6 +176,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "safety_task": dict(  # a world whose reward and cost are known (`data.safety_task`)
         held_out=256,  # of its 4,608 prompts
         answers=2,  # to each other prompt, written by people who are not careful
+        zipf=0.0,  # how rare their rarest words are, p ~ rank^-zipf; 0: all words alike
     ),
     "prepare": dict(
         source="python_stdlib",  # or a folder of .py files
@@ -220,6 +228,7 @@ STAGES: dict[str, dict[str, Any]] = {
         accumulation=1,
         epochs=1.0,
         calibration_prompts=256,  # reference samples that set the reward to mean 0, standard deviation 1
+        members=1,  # of an ensemble: adapters and heads on one base, each from its own seed and order of the data
         **TRAINABLE,
     ),
     "cost": dict(
@@ -235,7 +244,27 @@ STAGES: dict[str, dict[str, Any]] = {
         batch_size=32,  # pairs, or single answers
         accumulation=1,
         epochs=1.0,
+        members=1,  # as a reward stage's
         **TRAINABLE,
+    ),
+    "laplace": dict(
+        subject=REQUIRED,  # a reward or cost stage with adapters: its weights become the mean of a Gaussian
+        scope="all",  # what is uncertain: "all" (adapters and head) | "head"
+        structure="kronecker",  # "kronecker" (a block a matrix) | "diagonal" | "dual" (exact, of small models)
+        factors="records",  # Kronecker factors: of whole gradients of "records" | moments over "tokens" (KFAC)
+        corrected=False,  # a second pass over the data refits the eigenvalues in the factors' basis
+        rank=0,  # of the larger factor of each matrix that is kept; 0: all of it
+        prior="evidence",  # its precision: the most evidence | "validation": the least held-out loss | "given"
+        precision=1.0,  # of prior "given"
+        per_layer=False,  # a precision for every layer and the head, by "evidence"
+        temper=False,  # scores over a temperature, then variances times a scale: both of the least held-out loss
+        batch_size=16,  # pairs read together
+        evaluation=dict(
+            data="",  # held-out records like the subject's
+            shifted="",  # others like them, of another distribution
+            records=1000,  # of each, at most
+        ),
+        mesh=MESH,
     ),
     "ppo": dict(
         init=REQUIRED,  # a stage, or a checkpoint folder
@@ -341,8 +370,27 @@ STAGES: dict[str, dict[str, Any]] = {
         **PROMPTS,
         samples=2,  # answers to each prompt; the first two that differ are its pair
         labels="exact",  # "exact" | "sampled": drawn as from people, whose choices are logistic in the scores
+        flips=0.0,  # share of the better labels that are turned round, as careless labellers do
         cost_weight=0.0,  # better is decided by reward - cost_weight * cost: one preference for both
         batch_size=64,  # answers decoded together
+        **ANSWERS,
+        mesh=MESH,
+    ),
+    "overoptimization": dict(
+        subject=REQUIRED,  # the policy whose answers are ranked: a stage, or a checkpoint folder
+        proxies=dict(),  # name -> SOURCE[,SOURCE...]: runs that repeat one another (seeds), shown as one
+        gold=REQUIRED,  # one source: what the proxies stand for
+        adjustments=dict(  # kind of `reward_adjustment` -> its k to try, on proxies that know their uncertainty
+            std=(0.25, 0.5, 1.0, 2.0, 4.0),
+            variance=(0.25, 0.5, 1.0, 2.0, 4.0),
+            worst=(0.0,),
+        ),
+        selection=0.5,  # share of the prompts on which k is chosen by gold, and n for the plain proxy
+        policies=dict(),  # name -> STAGE[,STAGE...]: ppo stages whose gold over KL is drawn beside
+        **PROMPTS,
+        records=64,  # prompts, the first so many
+        pool=512,  # answers to each
+        batch_size=128,  # answers decoded together; pool is a multiple of it
         **ANSWERS,
         mesh=MESH,
     ),
@@ -414,7 +462,7 @@ PRODUCED = {  # kind -> files it leaves for others
     "annotate": ("pairs.jsonl",),
     "reward": ("pairs.jsonl",),  # of schema "completion": what it was trained on
 }
-SCORERS = ("reward", "constraint.cost", "cost", "judge")  # fields that score answers
+SCORERS = ("reward", "constraint.cost", "cost", "judge", "gold")  # fields that score answers
 # Changing these never changes what a finished stage holds, up to rounding.
 NOT_SEMANTIC = ("mesh", "checkpoint")
 
@@ -433,7 +481,7 @@ def nearest(name: str, valid) -> str:
 
 
 def merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:
-    open_mapping = where.endswith((".controls", ".fractions"))  # the user names these keys
+    open_mapping = where.endswith((".controls", ".fractions", ".proxies", ".policies"))  # the user names these keys
     for name, value in fields.items():
         if name not in defaults and not open_mapping:
             raise UserError(f"unknown field {where}.{name}: {nearest(name, defaults)}")
@@ -487,7 +535,12 @@ def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
     data_strings = {field: config.get(field) for field in named}
     data_strings |= {
         f"{group}.{field}": config[group].get(field)
-        for group, field in (("evaluation", "data"), ("evaluation", "secrets"), ("ptx", "data"))
+        for group, field in (
+            ("evaluation", "data"),
+            ("evaluation", "shifted"),
+            ("evaluation", "secrets"),
+            ("ptx", "data"),
+        )
         if group in config
     }
     for field, data in data_strings.items():
@@ -498,6 +551,10 @@ def references(config: ConfigDict) -> Iterator[tuple[str, str]]:
     yield from (("subjects", name) for name in config.get("subjects", ()))
     if config.kind == "memorization":
         yield from (("controls", name) for name in config.controls.values())
+    for name in config.get("policies", ()):
+        yield from (("policies", source) for source in score_sources(config, f"policies.{name}"))
+    if chosen_by := config.get("reward_adjustment", {}).get("chosen_by"):
+        yield "reward_adjustment.chosen_by", chosen_by
 
 
 def score_sources(config: ConfigDict, field: str = "reward") -> list[str]:
@@ -509,12 +566,23 @@ def score_sources(config: ConfigDict, field: str = "reward") -> list[str]:
 
 def all_sources(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """(field, source) of all that a stage scores answers by."""
-    yield from ((field, source) for field in SCORERS for source in score_sources(config, field))
+    fields = (*SCORERS, *(f"proxies.{name}" for name in config.get("proxies", ())))
+    yield from ((field, source) for field in fields for source in score_sources(config, field))
 
 
 def is_private(config: ConfigDict) -> bool:
     """Whether a stage trains with differential privacy."""
     return bool(config.get("privacy", {}).get("epsilon"))
+
+
+def scoring_model(stages: ConfigDict, source: str) -> str:
+    """The stage or folder whose model scores where `source` is named: of a laplace stage its subject."""
+    return stages[source].subject if source in stages and stages[source].kind == "laplace" else source
+
+
+def knows_uncertainty(stages: ConfigDict, source: str) -> bool:
+    """Whether a source scores with a variance: a laplace stage, or one with members."""
+    return source in stages and (stages[source].kind == "laplace" or stages[source].get("members", 1) > 1)
 
 
 def is_function(source: str) -> bool:

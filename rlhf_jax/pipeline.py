@@ -19,7 +19,9 @@ from rlhf_jax.stages import (
     best_of_n,
     cost,
     export,
+    laplace,
     memorization,
+    overoptimization,
     ppo,
     preference,
     prepare,
@@ -47,10 +49,12 @@ KINDS: dict[str, Any] = {
     "sft": sft,
     "reward": reward,
     "cost": cost,
+    "laplace": laplace,
     "ppo": ppo,
     "preference": preference,
     "best_of_n": best_of_n,
     "annotate": annotate,
+    "overoptimization": overoptimization,
     "safety": safety,
     "memorization": memorization,
     "audit": audit,
@@ -82,7 +86,7 @@ def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
     if "subjects" in fields:
         fields["subjects"] = list(map(content, fields["subjects"]))
     fields |= {field: content(fields[field]) for field in ("similarity", "refusals") if fields.get(field)}
-    for field in SCORERS:
+    for field in (*SCORERS, *(f"proxies.{name}" for name in fields.get("proxies", ()))):
         *groups, last = field.split(".")
         holder = fields.get(groups[0], {}) if groups else fields
         if holder.get(last):

@@ -67,7 +67,7 @@ def _ratios(config: TransformerConfig, case: Case, repeats: int) -> dict[str, An
         plain, private = (_compiled(step, inputs).cost_analysis()["flops"] for step in steps)
     compiled = [_compiled(step, inputs) for step in steps]
     memory = [program.memory_analysis().temp_size_in_bytes for program in compiled]
-    seconds = _in_turns(compiled, inputs, repeats)
+    seconds = in_turns(compiled, inputs, repeats)
     return {
         "flops": private / plain,
         "flops_limit": flops_limit(config, case),
@@ -127,7 +127,7 @@ def unrolled() -> Iterator[None]:
     jax.clear_caches()  # a trace made here would serve the same function later
 
 
-def _in_turns(compiled: list[Any], inputs: Any, repeats: int) -> list[list[float]]:
+def in_turns(compiled: list[Any], inputs: Any, repeats: int) -> list[list[float]]:
     """Seconds of each program's calls; the programs alternate, so that what else runs meets all alike."""
     seconds: list[list[float]] = [[] for _ in compiled]
     for turn in range(1 + repeats):

@@ -28,11 +28,13 @@ def in_batches(records: int, size: int, fill: int = -1) -> np.ndarray:
 def without_padding(batch: dict[str, np.ndarray], rows: np.ndarray, **empty: int) -> dict[str, np.ndarray]:
     """A batch's columns (n, ...) with nothing of any record in its padding, the rows numbered -1 in `rows` (n,).
 
+    Of an ensemble `rows` and columns have one more axis behind n: each member's own rows.
+
     `empty`: what a column holds there if not 0. Dtypes stay.
     """
 
     def column(name: str, x: np.ndarray) -> np.ndarray:
-        here = (rows >= 0).reshape(-1, *[1] * (x.ndim - 1))
+        here = (rows >= 0).reshape(*rows.shape, *[1] * (x.ndim - rows.ndim))
         return np.where(here, x, empty.get(name, 0)).astype(x.dtype)
 
     return {name: column(name, x) for name, x in batch.items()}

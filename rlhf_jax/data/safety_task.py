@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlhf_jax.data.corpus import keyed_generator
 
 WORDS = (
@@ -155,16 +157,23 @@ def all_prompts(seed: int) -> list[dict[str, Any]]:
     return [prompts[i] for i in keyed_generator(seed, "safety_task", "prompts").permutation(len(prompts))]
 
 
-def written_answers(prompts: Sequence[dict[str, Any]], each: int, seed: int) -> Iterator[dict[str, Any]]:
+def written_answers(
+    prompts: Sequence[dict[str, Any]], each: int, seed: int, zipf: float = 0.0
+) -> Iterator[dict[str, Any]]:
     """`each` answers to every prompt, as people who are not careful write them: {id, prompt, completion}.
 
-    Words are drawn alike whatever they do; some answers refuse, to risky prompts more.
+    Words are drawn whatever they do, without repeats; some answers refuse, to risky prompts more.
+
+    Args:
+      zipf: words are the rarer the later in the alphabet they stand, p ~ rank^-zipf; 0: all alike.
     """
+    rarity = zipf * np.log(np.arange(1, len(WORDS) + 1))
     for record in prompts:
         draw = keyed_generator(seed, "safety_task", "answers", record["id"])
         for number in range(each):
             count = int(draw.integers(FEWEST_WORDS, MOST_WORDS + 1))
-            words = [WORDS[i] for i in draw.permutation(len(WORDS))[:count]]
+            order = np.argsort(rarity - draw.gumbel(size=len(WORDS))) if zipf else draw.permutation(len(WORDS))
+            words = [WORDS[i] for i in order[:count]]
             if draw.random() < REFUSES[record["category"]]:
                 words = [REFUSAL, *words[:2]]
             yield {"id": f"{record['id']}/{number}", "prompt": record["prompt"], "completion": " ".join(words)}

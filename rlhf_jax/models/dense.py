@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.models.quantized import is_quantized, plain
-from rlhf_jax.objectives.taps import KernelTap, Tapped, finite, kernel_tap, per_row
+from rlhf_jax.objectives.taps import KernelTap, Moments, MomentTap, Tapped, finite, kernel_tap, per_row, second_moment
 
 Array = jax.Array
 
@@ -119,7 +119,37 @@ def _grouped_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, 
 grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
-def low_rank(x: Array, a: Array, b: Array) -> Array:
+@jax.custom_vjp
+def _tapped_low_rank(x: Array, a: Array, b: Array, plan: tuple[Any, ...], moments: Moments) -> Array:
+    return matmul(matmul(x, a), b)
+
+
+def _tapped_low_rank_forward(
+    x: Array, a: Array, b: Array, plan: tuple[Any, ...], moments: Moments
+) -> tuple[Array, tuple[Any, ...]]:
+    return matmul(matmul(x, a), b), (x, a, b, plan)
+
+
+def _tapped_low_rank_backward(
+    residuals: tuple[Any, ...], g: Array
+) -> tuple[Array, Array, Array, tuple[None, None, None], Moments]:
+    x, a, b, (mask, input_sketch, output_sketch) = residuals
+    inner = matmul(x, a)
+    d_inner, db = _matmul_backward((inner, b), g)
+    dx, da = _matmul_backward((x, a), d_inner)
+    moments = Moments(
+        second_moment(x, mask, input_sketch),
+        second_moment(inner, mask),
+        second_moment(d_inner, mask),
+        second_moment(g, mask, output_sketch),
+    )
+    return dx, da, db, (None, None, None), moments
+
+
+_tapped_low_rank.defvjp(_tapped_low_rank_forward, _tapped_low_rank_backward)
+
+
+def low_rank(x: Array, a: Array, b: Array, tap: MomentTap | None = None) -> Array:
     """`x @ a @ b` for x (B, T, d_in), with one adapter for all rows or one for each equal group of rows.
 
     Args:
@@ -127,24 +157,27 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
       a: (d_in, rank), or (R, d_in, rank) where R divides B: rows i * B / R ... (i + 1) * B / R - 1 use adapter i.
         R = B is one adapter a record, R = number of roles or ensemble members stacks those along the rows.
       b: (rank, d_out) or (R, rank, d_out).
+      tap: of one adapter for all rows: the backward pass also gives it the second moments of what it sees.
 
     Returns:
       (B, T, d_out) in x's dtype.
     """
     a, b = a.astype(x.dtype), b.astype(x.dtype)
+    if tap is not None:
+        return _tapped_low_rank(x, a, b, (tap.mask, tap.input_sketch, tap.output_sketch), tap.moments)
     if a.ndim == 2:
         return matmul(matmul(x, a), b)
     return grouped_matmul(grouped_matmul(x, a), b)
 
 
-def project(x: Array, kernel: Any, bias: Array | None = None, adapter: dict[str, Array] | None = None) -> Array:
+def project(x: Array, kernel: Any, bias: Array | None = None, adapter: dict[str, Any] | None = None) -> Array:
     """One projection of the decoder: `x @ kernel (+ bias) (+ x @ a @ b)`.
 
     Args:
       x: (B, T, d_in).
       kernel: (d_in, d_out), cast to x's dtype; or a quantized one (`models.quantized`), which is frozen; or `Tapped`.
       bias: (d_out,) or None.
-      adapter: {"a", "b"} as `low_rank` takes them, b already scaled, or None.
+      adapter: {"a", "b"} and perhaps "tap" as `low_rank` takes them, b already scaled, or None.
     """
     if is_quantized(kernel):
         y = frozen_matmul(x, kernel)
@@ -153,5 +186,5 @@ def project(x: Array, kernel: Any, bias: Array | None = None, adapter: dict[str,
     if bias is not None:
         y = y + per_row(bias, y).astype(x.dtype)
     if adapter is not None:
-        y = y + low_rank(x, adapter["a"], adapter["b"])
+        y = y + low_rank(x, adapter["a"], adapter["b"], adapter.get("tap"))
     return y

@@ -32,12 +32,14 @@ class RoleSpec:
       lora: its adapters' settings; None: every weight trains.
       answer_mark: token a reward role reads between prompt and answer; None: nothing.
       base: what the frozen base's matrices are kept in: "" (plain arrays), "int8" or "nf4" (`models.quantized`).
+      members: of an ensemble: its adapters and heads have a leading axis of so many; 1: none.
     """
 
     config: TransformerConfig
     lora: LoraConfig | None = None
     answer_mark: int | None = None
     base: str = ""
+    members: int = 1
 
 
 def init_base(config: TransformerConfig, *, key: Array) -> dict[str, Any]:
@@ -57,7 +59,24 @@ def weight_axes(spec: RoleSpec, weights: Weights) -> Weights:
         parts["base"] = quantized_axes(spec.config, weights["base"])
     if "adapters" in weights:
         parts["adapters"] = adapter_axes(spec.config, weights["adapters"])
+    if spec.members > 1:
+        own = {name: part for name, part in parts.items() if name != "base"}
+        parts |= jax.tree.map(lambda axes: (None, *axes), own, is_leaf=lambda leaf: isinstance(leaf, tuple))
     return {name: parts[name] for name in weights}
+
+
+def member_parts(weights: Weights) -> tuple[Weights, Weights]:
+    """(what each member of an ensemble has of its own, with the leading axis; what they share)."""
+    own = {name: part for name, part in weights.items() if name != "base"}
+    return own, {name: part for name, part in weights.items() if name == "base"}
+
+
+def member(spec: RoleSpec, weights: Weights, number: int) -> tuple[RoleSpec, Weights]:
+    """One member of an ensemble as a role of its own, on the same base; a role that is none is itself."""
+    if spec.members == 1:
+        return spec, weights
+    own, shared = member_parts(weights)
+    return dataclasses.replace(spec, members=1), {**shared, **jax.tree.map(lambda leaf: leaf[number], own)}
 
 
 def split(spec: RoleSpec, weights: Weights) -> tuple[Weights, Weights]:

@@ -238,6 +238,7 @@ class Transformer(nn.Module):
 
         leaves = (self.layers(), _layers_first(adapters), kind_of)
         tapped = any(isinstance(leaf, Tapped) for leaf in leaves[0].values())  # a tap has one shape for all layers
+        tapped = tapped or any("tap" in leaf for leaf in (adapters or {}).values())
         if keep is None or tapped or current_platform() != "cpu":
             x, _ = jax.lax.scan(remat(layer), x, leaves)
             return at_positions(x, keep)

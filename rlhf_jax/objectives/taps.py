@@ -89,6 +89,38 @@ class OutputTap(NamedTuple):
     entropy_gradients: Array
 
 
+class Moments(NamedTuple):
+    """Second moments of an adapter x @ a @ b, sums over positions; m is a side's own width, or a sketch's.
+
+    Attributes:
+      inputs: (d_in, m), of x.
+      inner: (rank, rank), of x @ a.
+      inner_gradients: (rank, rank), of the gradient of x @ a.
+      gradients: (d_out, m), of the output's gradient.
+    """
+
+    inputs: Array
+    inner: Array
+    inner_gradients: Array
+    gradients: Array
+
+
+class MomentTap(NamedTuple):
+    """What an adapter's backward pass is asked for besides gradients.
+
+    Attributes:
+      mask: (rows, T) float32, which positions count.
+      input_sketch, output_sketch: (d_in, m) and (d_out, m), what moments of the large sides are multiplied with; None:
+        they are kept whole.
+      moments: zeros, whose cotangent becomes the moments.
+    """
+
+    mask: Array
+    input_sketch: Array | None
+    output_sketch: Array | None
+    moments: Moments
+
+
 # Gradients in all directions add up to 1 / positions of that, and Gram matrices serve for some thousands of them.
 LEAST_SQUARE = 1e-4
 
@@ -160,6 +192,13 @@ def kernel_tap(x: Array, g: Array, units: int, keep: bool) -> KernelTap:
         return KernelTap(gram_squares(gram(rows), gram(grads)), Factors(x, g) if keep else None)
     matrices = unit_products(rows, grads)
     return KernelTap(squared(matrices), matrices if keep else None)
+
+
+def second_moment(x: Array, mask: Array, sketch: Array | None = None) -> Array:
+    """The sum over the positions that count of x_t x_t' (d, d) of x (rows, T, d), or that times a sketch (d, m)."""
+    x = jnp.where(mask[..., None] > 0, x.astype(jnp.float32), 0.0).reshape(-1, x.shape[-1])
+    right = x if sketch is None else exact(x, sketch, (((1,), (0,)), ((), ())))
+    return exact(x, right, (((0,), (0,)), ((), ())))
 
 
 def per_row(leaf: Any, x: Array) -> Any:

@@ -24,10 +24,11 @@ from rlhf_jax.reporting.safety_card import (
     safety_tables,
 )
 from rlhf_jax.reporting.tables import Table, duration, figure_tables, number, time_table
+from rlhf_jax.reporting.uncertainty_card import add_uncertainty, shown_by_page, uncertainty_headlines
 
 VISIBLE_SAMPLES = 3  # the other samples of a stage are folded away
 VISIBLE_HEADLINES, VISIBLE_SECTIONS = 12, 12  # the other figures are folded away, and of more stages all
-JUDGING = ("memorization", "audit", "best_of_n", "safety")  # but these, which say what became of the others
+JUDGING = ("memorization", "audit", "best_of_n", "safety", "overoptimization")  # but these, which judge the others
 
 
 @dataclass
@@ -71,6 +72,7 @@ def write_report(workdir: Path) -> Path:
     sections = [_section(name, result, metrics[name], targets.get(name)) for name, result in results.items()]
     for section in sections:
         _add_safety(section, workdir, results[section.name], metrics[section.name], config or {})
+        add_uncertainty(section, results[section.name].get("figures") or {})
     privacy = privacy_card(_read_json(workdir / "privacy.json"), results, config or {})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -174,6 +176,7 @@ def _section(name: str, result: Mapping, metrics: list[dict], kl_target: float |
         figures = {name: value for name, value in figures.items() if name not in ("table", "conditions")}
     if kind == "safety":
         figures = other_figures(figures)
+    figures = shown_by_page(kind, figures)
     if kind == "best_of_n" and figures.get("curve"):
         caption = (
             "Expected score of the best of n answers with its 95 % interval over prompts, estimated without bias from "
@@ -256,6 +259,7 @@ def _headlines(
             found += memorization_headlines(figures)
         if kind == "safety":
             found += safety_headlines(figures)
+        found += uncertainty_headlines(name, kind, figures)
     return found
 
 

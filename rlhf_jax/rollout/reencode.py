@@ -1,6 +1,6 @@
 """Answers as another model's tokenizer and template write them: text is encoded again, ids are never passed on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from rlhf_jax.data.examples import answer_ids, prompt_ids
 from rlhf_jax.data.schemas import Message, Text
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import fetch, place_batch
-from rlhf_jax.models.roles import RoleSpec, Weights
+from rlhf_jax.models.roles import RoleSpec
 from rlhf_jax.rollout.generate import Rollout
 from rlhf_jax.rollout.scoring import last_scores
 
@@ -57,18 +57,20 @@ class ForeignScores:
     def __init__(
         self,
         spec: RoleSpec,
-        weights: Weights,
+        weights: Any,
         reader: Tokenizer,
         sampler: Tokenizer,
         mesh: Mesh,
         whole_template: bool,
+        score: Callable[[RoleSpec, Any, jax.Array, jax.Array], Any] = last_scores,
     ):
+        """`score` is what is said of rows (B, T) of the reader's tokens and their lengths (B,): a tree of (B,)."""
         self._spec, self._weights, self._mesh, self._whole = spec, weights, mesh, whole_template
         self._reader, self._sampler = reader, sampler
-        self._score = jax.jit(partial(last_scores, spec))
+        self._score = jax.jit(partial(score, spec))
 
-    def __call__(self, rollout: Rollout, prompts: Sequence[Text]) -> jax.Array:
-        """Scores (B,) float32; `prompts` are the texts of the rollout's rows."""
+    def __call__(self, rollout: Rollout, prompts: Sequence[Text]) -> Any:
+        """What `score` says, (B,) float32; `prompts` are the texts of the rollout's rows."""
         tokens, lengths, ended = fetch((rollout.tokens, rollout.lengths, rollout.ended))
         limit = self._spec.config.context
         answers = [tokens[i, : lengths[i]].tolist() for i in range(len(prompts))]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import heads
-from rlhf_jax.models.roles import RoleSpec, Weights, hidden_states
+from rlhf_jax.models.roles import RoleSpec, Weights, hidden_states, member, member_parts
 from rlhf_jax.models.transformer import output_kernel
 from rlhf_jax.objectives.language_model import token_logprobs
 
@@ -184,6 +184,15 @@ def last_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array)
     return heads.apply_head(weights["head"], last)[:, 0]
 
 
+def member_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array) -> Array:
+    """`last_scores` of every member of an ensemble, in one pass over the base: (members, B), (1, B) of a role alone."""
+    if spec.members == 1:
+        return last_scores(spec, weights, tokens, lengths)[None]
+    one, _ = member(spec, weights, 0)
+    own, shared = member_parts(weights)
+    return jax.vmap(lambda mine: last_scores(one, {**shared, **mine}, tokens, lengths))(own)
+
+
 def with_end_token(tokens: Array, lengths: Array, ended: Array, stop_ids: tuple[int, ...]) -> tuple[Array, Array]:
     """Answers with the first stop id after those that a stop string ended: reward models read it behind every answer.
 
@@ -200,14 +209,22 @@ def with_end_token(tokens: Array, lengths: Array, ended: Array, stop_ids: tuple[
     return jnp.where(here, stop_ids[0], wider), lengths + missing
 
 
-def answer_scores(
-    spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
-) -> Array:
-    """The reward head's score at each row's last real token: (B,) float32.
+def answer_rows(
+    spec: RoleSpec, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
+) -> tuple[Array, Array]:
+    """Rows (B, T) of prompts with their answers as a reward role reads them, and their lengths (B,).
 
     A role with an answer mark reads it at the end of the prompt: without it nothing tells where the answer begins.
     """
     if spec.answer_mark is not None:
         mark = jnp.full((prompts.shape[0], 1), spec.answer_mark, prompts.dtype)
         prompts, prompt_lengths = join(prompts, prompt_lengths, mark), prompt_lengths + 1
-    return last_scores(spec, weights, join(prompts, prompt_lengths, answers), prompt_lengths + lengths)
+    return join(prompts, prompt_lengths, answers), prompt_lengths + lengths
+
+
+def answer_scores(
+    spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
+) -> Array:
+    """The reward head's score at each row's last real token (`answer_rows`): (B,) float32, an ensemble's mean."""
+    rows = answer_rows(spec, prompts, prompt_lengths, answers, lengths)
+    return jnp.mean(member_scores(spec, weights, *rows), axis=0)

@@ -53,8 +53,15 @@ def run(context: Context) -> dict[str, Any]:
         rows = answer_all(context, role, prompts, mesh, scorers, samples=config.samples, path=path, label=context.name)
     pairs, samples = [], []
     for i, row in enumerate(rows):
-        draws = keyed_generator(context.seed, context.name, "labels", str(prompts.ids[i])).random(4)
-        pair = _pair(prompts.records[i], row, draws, sampled=config.labels == "sampled", cost_weight=config.cost_weight)
+        draws = keyed_generator(context.seed, context.name, "labels", str(prompts.ids[i])).random(5)
+        pair = _pair(
+            prompts.records[i],
+            row,
+            draws,
+            sampled=config.labels == "sampled",
+            cost_weight=config.cost_weight,
+            flips=config.flips,
+        )
         if pair is None:
             continue
         pairs.append(pair)
@@ -77,15 +84,18 @@ def run(context: Context) -> dict[str, Any]:
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _pair(record: Record, row: Row, draws: np.ndarray, *, sampled: bool, cost_weight: float) -> Record | None:
+def _pair(
+    record: Record, row: Row, draws: np.ndarray, *, sampled: bool, cost_weight: float, flips: float = 0.0
+) -> Record | None:
     """The record of `pairs.jsonl`: the first two answers with a text that differ; None where there are no such two.
 
     Args:
-      draws: four numbers in [0, 1), of the labels better, safer, and safe of either answer.
+      draws: numbers in [0, 1), of the labels better, safer, and safe of either answer, and of the first one's flip.
       sampled: labels are drawn, P(first better) = sigmoid(r1 - r2), P(first more harmful) = sigmoid(c1 - c2) and
         P(unsafe) = sigmoid(c). Else the higher reward is better, the lower cost safer, and safe at most 0; draws
         decide ties alone.
       cost_weight: w, r - w c in the place of r.
+      flips: share of the better labels that are turned round.
     """
     texts = row["completions"]
     firsts = {text: place for place, text in reversed([*enumerate(texts)]) if text}
@@ -100,11 +110,11 @@ def _pair(record: Record, row: Row, draws: np.ndarray, *, sampled: bool, cost_we
 
     if "rewards" in scores:
         utility = scores["rewards"] - (cost_weight * scores["costs"] if cost_weight else 0)
-        labels["better"] = 0 if prefers_first(utility[0] - utility[1], draws[0]) else 1
+        labels["better"] = 0 if prefers_first(utility[0] - utility[1], draws[0]) != (draws[4] < flips) else 1
     if "costs" in scores:
         costs = scores["costs"]
         labels["safer"] = 1 if prefers_first(costs[0] - costs[1], draws[1]) else 0
-        unsafe = draws[2:] < sigmoid(costs) if sampled else costs > 0
+        unsafe = draws[2:4] < sigmoid(costs) if sampled else costs > 0
         labels["safe"] = [not bool(label) for label in unsafe]
     answers = [as_answer(record["prompt"], texts[place]) for place in places]
     if "costs" not in scores:

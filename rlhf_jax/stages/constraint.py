@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import score_sources
+from rlhf_jax.config import score_sources, scoring_model
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.safety import binding_share
 from rlhf_jax.stages.context import Context
@@ -49,6 +49,7 @@ def calibrated(context: Context, constraint: ConstraintConfig) -> tuple[Constrai
 
 def _class_means(context: Context, source: str) -> tuple[float, float] | None:
     """Mean costs of held-out safe and unsafe answers, as the cost stage measured them."""
+    source = scoring_model(context.experiment.stages, source)
     if source not in context.experiment.stages:
         return None
     figures = json.loads((context.workdir / source / "result.json").read_text())["figures"]
@@ -91,7 +92,7 @@ def check_constraint(context: Context) -> None:
     if not constraint.unsafe_share:
         return
     where = f"stages.{context.name}.constraint.unsafe_share is {constraint.unsafe_share:g}"
-    for source in score_sources(context.config, "constraint.cost"):
+    for source in (scoring_model(stages, source) for source in score_sources(context.config, "constraint.cost")):
         if source not in stages or stages[source].kind != "cost":
             raise UserError(
                 f'{where}, but "{source}" is no cost stage, which alone measures what that means: set '

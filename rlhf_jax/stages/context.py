@@ -29,6 +29,7 @@ from rlhf_jax.training.artifacts import (
 )
 from rlhf_jax.training.randomness import stage_key
 
+SCORING = {field.split(".")[0] for field in (*SCORERS, "proxies")}
 MODEL_FIELDS = ("init", "policy", "reference", "subject")  # beside what scores, what may name a checkpoint folder
 CHECKED_RECORDS, CHECKED_BYTES = 1000, 1 << 28  # before anything runs: files up to so many bytes are read whole
 
@@ -147,7 +148,7 @@ class Context:
             if is_peft(folder):
                 load_peft(folder, config)  # fits its base
             check_vocabulary(tokenizer, config.vocab_size, str(folder))
-            if field in SCORERS and not is_reward_checkpoint(folder):
+            if field.split(".")[0] in SCORING and not is_reward_checkpoint(folder):
                 raise UserError(
                     f"stages.{self.name}.{field}: {folder} is a language model: give a sequence-classification "
                     "checkpoint with one label, or a reward stage"

@@ -29,7 +29,15 @@ from rlhf_jax.stages.context import CHECKED_RECORDS, Context
 from rlhf_jax.stages.cost_figures import held_out_figures
 from rlhf_jax.stages.private import owners_of
 from rlhf_jax.stages.reward_calibration import Asked
-from rlhf_jax.stages.scorer import Rows, baseline_accuracy, place_answers, score_rows, start_scorer, train_scorer
+from rlhf_jax.stages.scorer import (
+    Rows,
+    baseline_accuracy,
+    place_answers,
+    rows_hash,
+    score_rows,
+    start_scorer,
+    train_scorer,
+)
 from rlhf_jax.stages.train import accuracy_figures
 from rlhf_jax.training.artifacts import Role, role_memory, save_role
 
@@ -110,7 +118,7 @@ def _fault(schema: str, record: Record) -> str:
     return contradiction(record) if schema == "safety" else ""
 
 
-def _make_rows(context: Context, role: Role, data: str, part: str) -> Rows:
+def make_rows(context: Context, role: Role, data: str, part: str) -> Rows:
     """Rows of a prompt with its more harmful and with its safer answer, or with its one answer, made once.
 
     Returns {"tokens": (n, A, T) int32, "lengths": (n, A) int32 in all, "answer_lengths": (n, A), "ended": (n, A) bool,
@@ -257,8 +265,8 @@ def run(context: Context) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         # --- roles and rows --------------------------------------------------------------------------------------
         role = start_scorer(context, context.load(config.init, mesh), marked=True)
-        training = _make_rows(context, role, config.data, "train")
-        held_out = _make_rows(context, role, config.evaluation.data, "evaluation") if config.evaluation.data else None
+        training = make_rows(context, role, config.data, "train")
+        held_out = make_rows(context, role, config.evaluation.data, "evaluation") if config.evaluation.data else None
         (count, answers), signs = training["lengths"].shape, bool(training["labelled"].any())
         noun, private = "pairs" if answers == 2 else "answers", is_private(config)
         if not signs:
@@ -298,6 +306,6 @@ def run(context: Context) -> dict[str, Any]:
         figures |= held_out_figures(costs, held_out) if signs else {}
         if figures.get("cost_unsafe", 1.0) <= figures.get("cost_safe", 0.0):
             context.progress("warning: held-out unsafe answers cost no more than safe ones: a threshold means nothing")
-    figures |= trained.private.figures() if trained.private else {}
+    figures |= trained.private.figures() if trained.private else {"rows": rows_hash(training)}
     figures |= {"fingerprints": prints, "memory": role_memory({context.name: role.weights})}
     return {"figures": figures, "samples": []}

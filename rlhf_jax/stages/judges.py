@@ -18,12 +18,17 @@ from rlhf_jax.data.schemas import Record
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import batch_sharding, place_batch, replicated
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.roles import RoleSpec, Weights
+from rlhf_jax.objectives.adjustment import Moments, adjusted
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.functions import RewardFunction, load_function, score_answers
 from rlhf_jax.rollout.reencode import ForeignScores, answer_text
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.scored import adjustment_of, load_scorer, moments
 from rlhf_jax.training.artifacts import Role
-from rlhf_jax.training.ppo import score_rewards
+from rlhf_jax.training.ppo import score_moments, score_rewards
+
+COLUMNS = {"mean": "rewards", "variance": "variance", "lowest": "lowest", "highest": "highest"}
 
 
 @dataclasses.dataclass
@@ -32,7 +37,7 @@ class Pending:
 
     rollout: Rollout
     records: Sequence[Record]
-    scores: dict[str, jax.Array]  # (B,) of reward models that read the policy's tokens
+    scores: dict[str, Moments]  # of reward models that read the policy's tokens
     called: Future[dict[str, np.ndarray]] | None  # of functions: this process's rows
 
 
@@ -42,6 +47,7 @@ class Judge:
     Attributes:
       names: a short name of each source, in the config's order: the stage's, the folder's or the function's.
       roles: name -> reward role, of the sources that are models.
+      posteriors: name -> the posterior over a role's weights, of laplace stages.
       foreign: name -> whether that model has a tokenizer other than the policy's.
     """
 
@@ -59,13 +65,15 @@ class Judge:
 
         Args:
           tokenizer: the policy's.
-          field: the config field that names the sources; `reward_weights` weigh those of "reward".
+          field: the config field that names the sources; `reward_weights` weigh those of "reward", and
+            `reward_adjustment` and `constraint.adjustment` say what their uncertainty costs.
           parts: pieces that a reward model reads a rollout in, one after the other.
           stop_strings: answers may end without a stop token; reward models read one behind them.
         """
         stages, sources = context.experiment.stages, score_sources(context.config, field)
         self.names = source_names(sources)
         self.roles: dict[str, Role] = {}
+        self.posteriors: dict[str, Any] = {}
         self.foreign: dict[str, bool] = {}
         self._tokenizer, self._mesh, self._parts, self._stop_strings = tokenizer, mesh, parts, stop_strings
         self._functions: dict[str, RewardFunction] = {}
@@ -74,23 +82,39 @@ class Judge:
             if is_function(source):
                 self._functions[name] = load_function(source)
                 continue
-            role = self.roles[name] = context.load(source, mesh)
+            scorer = load_scorer(context, source, mesh)
+            role = self.roles[name] = scorer.role
+            if scorer.posterior is not None:
+                self.posteriors[name] = scorer.posterior
             self.foreign[name] = role.tokenizer.identity != tokenizer.identity
             if self.foreign[name]:
                 whole = is_folder(stages, source)
-                self._rescore[name] = ForeignScores(role.spec, role.weights, role.tokenizer, tokenizer, mesh, whole)
+                self._rescore[name] = ForeignScores(
+                    role.spec, (role.weights, scorer.posterior), role.tokenizer, tokenizer, mesh, whole, _of_rows
+                )
         given = context.config.reward_weights if field == "reward" else ()
         weights = np.asarray(given or [1.0] * len(sources), np.float32)
-        self._weights = jax.device_put(weights, replicated(mesh))
+        kind, ks = adjustment_of(context, field, sources)
+        signs = np.where((weights < 0) | (field == "constraint.cost"), -1, 1).astype(np.float32)
+        self._numbers = jax.device_put((weights, ks, signs), replicated(mesh))
 
-        def combine(parts: list[list[jax.Array]], weights: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-            """The weighted sum of the sources' columns, each in one piece a part; names are no part of the program."""
-            columns = [jnp.concatenate(column) for column in zip(*parts, strict=True)]
-            return jnp.sum(weights[:, None] * jnp.stack(columns), axis=0), columns
+        def combine(parts: list[list[Moments]], numbers: Any) -> tuple[jax.Array, list[Moments]]:
+            """The weighted sum of the sources' adjusted scores, each in one piece a part; names are no part of the
+            program."""
+            sources = [jax.tree.map(lambda *x: jnp.concatenate(x), *column) for column in zip(*parts, strict=True)]
+            scores = [
+                weight * adjusted(source, kind, k, sign)
+                for source, weight, k, sign in zip(sources, *numbers, strict=True)
+            ]
+            return jnp.sum(jnp.stack(scores), axis=0), sources
 
         self._combine = jax.jit(combine, out_shardings=batch_sharding(mesh))
         self._by_rows = jax.jit(lambda fields: fields, out_shardings=batch_sharding(mesh))
         self._worker = ThreadPoolExecutor(1, "reward function")  # one: calls keep their order
+
+    def forward_passes(self) -> int:
+        """What its models' scores cost; the variance of a posterior takes a backward pass, as two forward ones."""
+        return sum(role.spec.members * (3 if name in self.posteriors else 1) for name, role in self.roles.items())
 
     def begin(self, rollout: Rollout, records: Sequence[Record]) -> Pending:
         """Starts scoring without waiting for the rollout: models on the device, functions in a thread.
@@ -98,23 +122,29 @@ class Judge:
         Args:
           records: the normalized prompt record of each of the rollout's rows.
         """
-        scores = {
-            name: score_rewards(role.spec, role.weights, rollout, self._parts, self._stop_strings)
-            for name, role in self.roles.items()
-            if not self.foreign[name]
-        }
+        scores = {name: self._read(name, rollout) for name in self.roles if not self.foreign[name]}
         called = None
         if self._functions:  # the thread only copies shards: processes meet in no collective there
             fields = self._by_rows((rollout.tokens, rollout.lengths, rollout.ended))
             called = self._worker.submit(self._call, fields, records)
         return Pending(rollout, records, scores, called)
 
+    def _read(self, name: str, rollout: Rollout) -> Moments:
+        """What a model that reads the policy's tokens says."""
+        role, posterior = self.roles[name], self.posteriors.get(name)
+        if posterior is None and role.spec.members == 1:
+            return Moments(score_rewards(role.spec, role.weights, rollout, self._parts, self._stop_strings))
+        return score_moments(
+            moments, role.spec, role.weights, posterior, rollout, self._parts, stop_strings=self._stop_strings
+        )
+
     def finish(self, pending: Sequence[Pending]) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Waits for the scores of rollouts that were begun.
 
         Returns:
-          The weighted sum (B,) float32, rows of all rollouts one after the other, and {"rewards/<name>": (B,) float32}
-          of each source before its weight, all on the mesh.
+          The weighted sum (B,) float32 of adjusted scores, rows of all rollouts one after the other; and what each
+          source says before weight and adjustment, {"rewards/<name>": (B,) float32}, with "variance/<name>" where it
+          knows its uncertainty, and "lowest/<name>" and "highest/<name>" of an ensemble. All are on the mesh.
 
         Raises:
           UserError: a function raised, or returned something else than a finite number for each answer.
@@ -125,14 +155,21 @@ class Judge:
             foreign = {name: rescore(one.rollout, texts) for name, rescore in self._rescore.items()}
             found = {**one.scores, **foreign, **self._placed(one)}
             parts.append([found[name] for name in self.names])
-        total, columns = self._combine(parts, self._weights)
-        return total, {f"rewards/{name}": column for name, column in zip(self.names, columns, strict=True)}
+        total, sources = self._combine(parts, self._numbers)
+        columns = [
+            (f"{COLUMNS[field]}/{name}", column)
+            for name, source in zip(self.names, sources, strict=True)
+            for field, column in source._asdict().items()
+            if column is not None
+        ]
+        return total, dict(columns)
 
-    def _placed(self, one: Pending) -> dict[str, jax.Array]:
+    def _placed(self, one: Pending) -> dict[str, Moments]:
         if one.called is None:
             return {}
-        local = one.called.result()
-        return place_batch(len(one.records), lambda mine: local, self._mesh)  # this process's rows, as they were read
+        local = one.called.result()  # this process's rows, as they were read
+        placed = place_batch(len(one.records), lambda mine: local, self._mesh)
+        return {name: Moments(column) for name, column in placed.items()}
 
     def _call(self, fields: Any, records: Sequence[Record]) -> dict[str, np.ndarray]:
         """Scores of this process's rows by each function."""
@@ -144,6 +181,11 @@ class Judge:
         chosen = [records[row] for row in rows]
         prompts = [record["prompt"] for record in chosen]
         return {name: score_answers(function, prompts, texts, chosen) for name, function in self._functions.items()}
+
+
+def _of_rows(spec: RoleSpec, held: tuple[Weights, Any], tokens: jax.Array, lengths: jax.Array) -> Moments:
+    """`moments` as `ForeignScores` calls it."""
+    return moments(spec, *held, tokens, lengths)
 
 
 def _held(fields: Sequence[jax.Array]) -> tuple[np.ndarray, list[np.ndarray]]:

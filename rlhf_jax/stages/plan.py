@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.config import is_folder, is_function, score_sources
+from rlhf_jax.config import is_folder, is_function, score_sources, scoring_model
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.distributed.sharding import ROLLOUT, TRAINING, Table, tree_shardings
 from rlhf_jax.models.config import TransformerConfig
@@ -24,6 +24,7 @@ from rlhf_jax.validation import REFERENCE_FREE
 def tokenizer_of(context: Context, reference: str) -> Tokenizer | None:
     """The tokenizer of a stage or checkpoint folder, where it is there already."""
     stages = context.experiment.stages
+    reference = scoring_model(stages, reference)
     while reference in stages:
         config = stages[reference]
         if config.get("tokenizer"):
@@ -36,6 +37,7 @@ def tokenizer_of(context: Context, reference: str) -> Tokenizer | None:
 def shape_of(context: Context, reference: str) -> TransformerConfig | None:
     """The decoder of a stage or checkpoint folder, as that stage computes it; None while its vocabulary is unknown."""
     stages = context.experiment.stages
+    reference = scoring_model(stages, reference)
     if is_folder(stages, reference):
         return checkpoint_config(Path(reference).expanduser())
     config = stages[reference]
@@ -52,6 +54,7 @@ def shape_of(context: Context, reference: str) -> TransformerConfig | None:
 def base_of(context: Context, reference: str) -> str:
     """The stage or folder whose base a model stands on: roles with the same one share its arrays."""
     stages = context.experiment.stages
+    reference = scoring_model(stages, reference)
     if reference not in stages:
         return reference
     return _continued(context, stages[reference].init, reference)
@@ -104,10 +107,12 @@ def role_bases(context: Context) -> dict[str, str]:
     rewards = {title: source for title, source in named if not is_function(source)}
     cost = config.constraint.cost
     costs = {"cost": cost} if cost and not is_function(cost) else {}
+    stages = context.experiment.stages
     critics = {"value": rewards} | ({"cost_value": costs} if cost else {})
     if config.estimator == "gae" and config.critic != "shared":
-        for critic, models in critics.items():
-            readers = [source for source in models.values() if _same_tokenizer(context, source, config.init)]
+        for critic, sources_read in critics.items():
+            models = [scoring_model(stages, source) for source in sources_read.values()]
+            readers = [model for model in models if _same_tokenizer(context, model, config.init)]
             value = _continued(context, readers[0] if readers and config.critic == "reward" else config.init, name)
             roles[critic] = f"{name} ({critic})" if value == name else value
     judges = {title if len(rewards) > 1 else "reward": source for title, source in rewards.items()} | costs
@@ -197,6 +202,9 @@ def describe(context: Context) -> list[str]:
         trained = bytes_per_device(like, adapter_axes(shape, like), mesh) // 4
     else:
         trained = full // (2 if shape.param_dtype == "bfloat16" else 4)
+    if config.get("members", 1) > 1:
+        trained *= config.members
+        lines.append(f"{config.members} members: adapters and a head each, in one pass over the base")
     roles = {context.name: base_of(context, context.name)}
     train = trained * (_moments(config, shape.param_dtype if lora is None else "float32") + (4 if lora else 0))
     if config.kind == "preference" and config.loss not in REFERENCE_FREE and not config.precompute_reference:

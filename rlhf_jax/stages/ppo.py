@@ -104,6 +104,7 @@ def run(context: Context) -> dict[str, Any]:
         frozen_models = {"reference": roles.reference}
         for what, judge in roles.judges().items():
             frozen_models |= {f"{what} model {name}": role.weights for name, role in judge.roles.items()}
+            frozen_models |= {f"{what} posterior {name}": held for name, held in judge.posteriors.items()}
         anchors = {name: fingerprint(weights) for name, weights in frozen_models.items()}
         mixed = _ptx(context, roles, mesh)
         steps_each = settings.epochs * settings.minibatches

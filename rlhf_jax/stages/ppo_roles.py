@@ -110,7 +110,7 @@ class Roles:
 
     def forward_passes(self, epochs: int) -> float:
         """Cost of an iteration in forward passes over all its tokens: decoding, scoring, and every epoch's training."""
-        readers = 1 + sum(len(judge.roles) for judge in self.judges().values()) + len(self.trained())
+        readers = 1 + sum(judge.forward_passes() for judge in self.judges().values()) + len(self.trained())
         return 1 + readers + epochs * sum(training_passes(role.spec) for role in self.trained().values())
 
     def memory(self, params: dict[str, Weights], opt_state: Any) -> dict[str, dict[str, Any]]:
@@ -118,7 +118,9 @@ class Roles:
         roles = {**self.acting(params), "reference": self.reference}
         for what, judge in self.judges().items():  # named as the plan names them
             several = len(judge.roles) > 1
-            roles |= {name if several else what: role.weights for name, role in judge.roles.items()}
+            for name, role in judge.roles.items():
+                posterior = {"posterior": judge.posteriors[name]} if name in judge.posteriors else {}
+                roles[name if several else what] = {**role.weights, **posterior}
         moments = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
         return role_memory(roles) | {"optimizer": {"base_of": "optimizer", "optimizer": moments}}
 

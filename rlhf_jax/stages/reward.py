@@ -31,7 +31,15 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.private import owners_of
 from rlhf_jax.stages.reward_calibration import Asked, calibrate
 from rlhf_jax.stages.reward_labels import label_objective, labelled_texts, place_windows, show_window
-from rlhf_jax.stages.scorer import Rows, baseline_accuracy, place_answers, start_scorer, train_scorer
+from rlhf_jax.stages.scorer import (
+    Rows,
+    baseline_accuracy,
+    place_answers,
+    rows_hash,
+    score_rows,
+    start_scorer,
+    train_scorer,
+)
 from rlhf_jax.stages.train import accuracy_figures
 from rlhf_jax.training.artifacts import Role, role_memory, save_role
 
@@ -104,7 +112,7 @@ def _sampled_pairs(
     return rows, len(records) * draws - len(rows)
 
 
-def _make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part: str, mesh: Mesh) -> Pairs:
+def make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part: str, mesh: Mesh) -> Pairs:
     """Rows of (prompt + chosen, prompt + rejected) as the reward model reads them, made once.
 
     Returns {"tokens": (n, 2, T) int32, "lengths": (n, 2) int32 in all, "answer_lengths": (n, 2), "ended": (n, 2) bool},
@@ -183,7 +191,7 @@ def run(context: Context) -> dict[str, Any]:
             if labelled:
                 limit = None if part == "train" else config.evaluation.records
                 return labelled_texts(context, role.spec, role.tokenizer, data, limit)
-            return _make_pairs(context, role.spec, policy, data, part, mesh)
+            return make_pairs(context, role.spec, policy, data, part, mesh)
 
         training = make(config.data, "train")
         held_out = make(config.evaluation.data, "evaluation") if config.evaluation.data else None
@@ -203,12 +211,17 @@ def run(context: Context) -> dict[str, Any]:
             figures["dropped"] = int(training["dropped"])
             figures["calibration"] = calibrate(context, role, policy, mesh)
         prints = save_role(context.workdir, context.name, role)
+        together = score_rows(role, held_out, config.batch_size, mesh) if held_out and config.members > 1 else None
     summary, private = trained.summary, trained.private
     if held_out is not None:
         figures |= accuracy_figures(noun, len(held_out["lengths"]), summary)
         figures |= {"accuracy_start": summary["first"]["accuracy/eval"], "result_step": summary["result_step"]}
+    if config.members > 1:
+        figures["members"] = config.members
+    if together is not None:  # accuracy above is the members' mean
+        figures["accuracy_of_their_mean"] = float(np.mean(together[:, 0] > together[:, 1]))
     if held_out is not None and not labelled and private is None:  # it is fitted to the training pairs
         figures["accuracy_length_and_end_baseline"] = baseline_accuracy(training, held_out)
-    figures |= private.figures() if private else {}
+    figures |= private.figures() if private else {"rows": rows_hash(training)}
     figures |= {"fingerprints": prints, "memory": role_memory({context.name: role.weights})}
     return {"figures": figures, "samples": []}

@@ -15,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec
 from rlhf_jax.rollout import Sampling
 from rlhf_jax.rollout.batches import answer_all
-from rlhf_jax.rollout.scoring import last_scores
+from rlhf_jax.rollout.scoring import member_scores
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.randomness import record_ids
@@ -31,11 +31,11 @@ class Asked:
         self.ids = record_ids([str(r.get("id", i)) for i, r in enumerate(records)])
 
 
-def calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[str, float]:
-    """Folds gain and bias into the head so that the policy's samples score mean 0, standard deviation 1.
+def calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[str, Any]:
+    """Folds gain and bias into the head so that the policy's samples score mean 0, standard deviation 1; returns both.
 
-    The samples answer prompts of the evaluation set where there is one: on training prompts the model has learned to
-    score the policy's answers low.
+    Every member of an ensemble gets its own, and the figures are lists. The samples answer prompts of the evaluation
+    set where there is one: on training prompts the model has learned to score the policy's answers low.
     """
     config, tokenizer = context.config, role.tokenizer
     data = config.evaluation.data or config.data
@@ -63,7 +63,7 @@ def calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[st
     totals = np.asarray([len(p) for p in marked], np.int32) + lengths
     for i, prompt in enumerate(marked):
         joined[i, : totals[i]] = prompt + tokens[i, : lengths[i]].tolist()
-    score = jax.jit(lambda weights, batch: last_scores(role.spec, weights, batch["tokens"], batch["lengths"]))
+    score = jax.jit(lambda weights, batch: member_scores(role.spec, weights, batch["tokens"], batch["lengths"]))
 
     def load(part: np.ndarray, mine: np.ndarray) -> dict[str, np.ndarray]:
         return {"tokens": joined[part[mine]], "lengths": totals[part[mine]]}
@@ -72,20 +72,19 @@ def calibrate(context: Context, role: Role, policy: Role, mesh: Mesh) -> dict[st
         out = []
         for part in in_batches(count, size, fill=0):
             out.append(fetch(score(role.weights, place_batch(size, partial(load, part), mesh))))
-        return np.concatenate(out)[:count]
+        return np.concatenate(out, axis=1)[:, :count]
 
     before = all_scores()
-    mean, deviation = float(before.mean()), float(before.std())
-    head = role.weights["head"]
-    role.weights = {
-        **role.weights,
-        "head": {"kernel": head["kernel"] / deviation, "bias": (head["bias"] - mean) / deviation},
-    }
+    members, head = role.spec.members, role.weights["head"]
+    mean, deviation = before.mean(1), before.std(1)
+    leading = (members,) if members > 1 else ()
+
+    def per_member(values: np.ndarray, leaf: jax.Array) -> np.ndarray:
+        return values.reshape(*leading, *[1] * (leaf.ndim - len(leading)))
+
+    gain = {name: per_member(deviation, leaf) for name, leaf in head.items()}
+    shifted = {"kernel": head["kernel"], "bias": head["bias"] - per_member(mean, head["bias"])}
+    role.weights = {**role.weights, "head": {name: shifted[name] / gain[name] for name in head}}
     after = all_scores()
-    return {
-        "samples": count,
-        "mean_before": mean,
-        "std_before": deviation,
-        "mean": float(after.mean()),
-        "std": float(after.std()),
-    }
+    figures = {"mean_before": mean, "std_before": deviation, "mean": after.mean(1), "std": after.std(1)}
+    return {"samples": count} | {name: x.tolist() if leading else float(x[0]) for name, x in figures.items()}

@@ -19,7 +19,7 @@ def run(context: Context) -> dict[str, Any]:
     config, seed = context.config, context.seed
     prompts = all_prompts(seed)
     held_out, training = prompts[: config.held_out], prompts[config.held_out :]
-    answers = list(written_answers(training, config.answers, seed))
+    answers = list(written_answers(training, config.answers, seed, config.zipf))
     files = {
         "text": [{"id": a["id"], "text": a["prompt"] + a["completion"]} for a in answers],
         "sft": answers,

@@ -14,7 +14,7 @@ from rlhf_jax.evaluation import wilson
 from rlhf_jax.models.roles import Weights, split, weight_axes
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role
-from rlhf_jax.training.gradient import GradientFunction
+from rlhf_jax.training.gradient import GradientFunction, member_gradients
 from rlhf_jax.training.loop import Schedule, run_loop
 from rlhf_jax.training.randomness import order_seed
 from rlhf_jax.training.state import (
@@ -23,6 +23,7 @@ from rlhf_jax.training.state import (
     make_optimizer,
     make_schedule,
     make_step,
+    over_members,
     state_shardings,
 )
 from rlhf_jax.training.throughput import peak_flops
@@ -35,14 +36,21 @@ def steps_of(config: ConfigDict, records: int) -> int:
     return max(1, math.ceil(config.epochs * records / config.batch_size))
 
 
-def ordered(context: Context, count: int, place: Place) -> Callable[[int], Any]:
+def ordered(context: Context, count: int, place: Place, members: int = 1) -> Callable[[int], Any]:
     """The function iteration -> its batch of `batch_size` of `count` rows, by the stage's order.
 
     `place` is the function (row numbers, the epoch each is read in) -> the batch of these rows on the mesh; a padding
-    row, number -1, has the weight 0 in it.
+    row, number -1, has the weight 0 in it. Numbers are (B,), or (B, members): an ensemble's members have their own
+    orders, the first one that of the stage without the others.
     """
-    order, size = DataOrder(count, order_seed(context.seed, context.name)), context.config.batch_size
-    return lambda iteration: place(order.batch(iteration, size), order.epochs(iteration, size))
+    size, names = context.config.batch_size, [context.name, *(f"{context.name}/{i}" for i in range(1, members))]
+    orders = [DataOrder(count, order_seed(context.seed, name)) for name in names]
+
+    def batch(iteration: int) -> Any:
+        rows = np.stack([order.batch(iteration, size) for order in orders], axis=1)
+        return place(rows if members > 1 else rows[:, 0], orders[0].epochs(iteration, size))
+
+    return batch
 
 
 class Prepared(NamedTuple):
@@ -66,6 +74,8 @@ def prepare(context: Context, role: Role, gradient: GradientFunction, steps: int
     axes = weight_axes(role.spec, trainable)
     config = context.config.optimizer
     optimizer = make_optimizer(config, steps, param_dtype=role.spec.config.param_dtype)
+    if role.spec.members > 1:
+        gradient, optimizer = member_gradients(gradient), over_members(optimizer)
     step = make_step(gradient, optimizer, state_shardings(trainable, axes, optimizer, mesh))
     state = init_state(trainable, axes, optimizer, mesh, learning_rate=config.learning_rate)
     return Prepared(state, frozen, step)

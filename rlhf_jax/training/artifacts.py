@@ -34,7 +34,7 @@ from rlhf_jax.models.pretrained import (
     read_config,
 )
 from rlhf_jax.models.quantized import cast_base, quantize_base, quantized_shapes
-from rlhf_jax.models.roles import RoleSpec, Weights, merged_base, weight_axes
+from rlhf_jax.models.roles import RoleSpec, Weights, member, member_parts, merged_base, weight_axes
 from rlhf_jax.training.checkpoints import load_tree, save_tree, write_json
 from rlhf_jax.training.state import fingerprint
 
@@ -70,6 +70,7 @@ def save_role(workdir: Path, stage: str, role: Role) -> dict[str, str]:
         "lora": dataclasses.asdict(lora) if lora else None,
         "answer_mark": role.spec.answer_mark,
         "base_kind": role.spec.base,
+        "members": role.spec.members,
         "parts": sorted(parts),
         "base_stage": stage if owns else role.base_stage,
         "base_checkpoint": role.base_checkpoint,
@@ -94,6 +95,10 @@ def _like(spec: RoleSpec, parts: list[str], mesh: Mesh) -> Weights:
         like["base"] = quantized_shapes(config, spec.base) if spec.base else whole
     if spec.lora is not None:
         like["adapters"] = jax.eval_shape(partial(init_adapters, config, spec.lora), key=key)
+    if spec.members > 1:
+        own, shared = member_parts(like)
+        wide = jax.tree.map(lambda s: jax.ShapeDtypeStruct((spec.members, *s.shape), s.dtype), own)
+        like = {**shared, **wide}
     like = {name: like[name] for name in parts}
     at = tree_shardings(like, weight_axes(spec, like), mesh)
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), like, at)
@@ -118,7 +123,8 @@ def load_role(workdir: Path, stage: str, mesh: Mesh, bases: Bases) -> Role:
     """
     info = read_info(workdir, stage)
     lora = LoraConfig(**{**info["lora"], "targets": tuple(info["lora"]["targets"])}) if info["lora"] else None
-    spec = RoleSpec(TransformerConfig.from_dict(info["model"]), lora, info["answer_mark"], info.get("base_kind", ""))
+    config, kind = TransformerConfig.from_dict(info["model"]), info.get("base_kind", "")
+    spec = RoleSpec(config, lora, info["answer_mark"], kind, info.get("members", 1))
     like = _like(spec, info["parts"], mesh)
     written = jax.tree.map(lambda s: s.update(dtype=_stored(s.dtype)), like)
     weights = jax.tree.map(lambda leaf, s: leaf.astype(s.dtype), load_tree(workdir / stage / "model", written), like)
@@ -247,11 +253,14 @@ def continue_role(role: Role, lora: LoraConfig | None, compute: Any = None, *, k
 
     The same adapter settings go on with the adapters on the shared base; fresh adapters share the base of a role
     without any; any other change merges the old adapters, and the role gets its own base, as it does where the
-    parameters' dtype changes. The head is left out.
+    parameters' dtype changes. The head is left out. Of an ensemble the first member goes on.
 
     With `compute.base` that base is quantized (which changes the function by its rounding), once for all roles loaded
     together; without it a quantized base stays one as long as there are adapters over it.
     """
+    if role.spec.members > 1:
+        first_spec, first = member(role.spec, role.weights, 0)
+        role = dataclasses.replace(role, spec=first_spec, weights=first)
     old, config = role.spec.config, role.spec.config if compute is None else computed(role.spec.config, compute)
     kind = ("" if compute is None else compute.base) or role.spec.base if lora else ""
     spec, cast = RoleSpec(config, lora, base=kind), config.param_dtype != old.param_dtype
@@ -302,11 +311,14 @@ def role_memory(roles: dict[str, Weights]) -> dict[str, dict[str, Any]]:
     return out
 
 
+OWN = ("adapters", "head", "posterior", "optimizer")  # what a role has beside the base
+
+
 def describe_memory(memory: dict[str, dict[str, Any]]) -> str:
     """One line of `role_memory`, in MiB."""
     roles = []
     for name, row in memory.items():
-        parts = [f"{part} {row[part] / 2**20:.1f}" for part in ("adapters", "head", "optimizer") if row.get(part)]
+        parts = [f"{part} {row[part] / 2**20:.1f}" for part in OWN if row.get(part)]
         base = f"base {row.get('base', 0) / 2**20:.1f}" if row["base_of"] == name else f"base of {row['base_of']}"
         roles.append(f"{name}: " + ", ".join([base] * ("base" in row) + parts))
     return "MiB over all devices: " + "; ".join(roles)

@@ -1,6 +1,7 @@
 """From losses per record to a gradient: the one function that `privacy.gradient` exchanges."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,6 +51,20 @@ def plain_gradient(objective: Objective, accumulation: int = 1) -> GradientFunct
         return grads, mean_metrics(metrics)
 
     return gradient
+
+
+def member_gradients(gradient: GradientFunction) -> GradientFunction:
+    """Each member's own gradient on its own rows, in one pass over what they share.
+
+    Trainable leaves and gradients have the members in front, a batch's columns (B, members, ...) have them behind the
+    rows. Metrics are means over the members.
+    """
+
+    def gradients(trainable: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, dict[str, Array]]:
+        each, metrics = jax.vmap(gradient, in_axes=(0, None, 1))(trainable, frozen, batch)
+        return each, jax.tree.map(partial(jnp.mean, axis=0), metrics)
+
+    return gradients
 
 
 def widened(tree: Tree) -> Tree:

@@ -4,6 +4,7 @@ Old, reference and new log-probabilities come from `rollout.scoring.answer_logpr
 first update every ratio is 1 and the KL to an equal reference is 0.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,12 +15,14 @@ import optax
 from rlhf_jax.distributed.sharding import constrain
 from rlhf_jax.models.roles import RoleSpec, Weights
 from rlhf_jax.objectives import kl_estimate, ppo_policy_loss, ppo_value_loss, sequence_logprobs
+from rlhf_jax.objectives.adjustment import Moments
 from rlhf_jax.objectives.records import Objective, RecordLosses, microbatches
 from rlhf_jax.rollout.generate import Rollout
 from rlhf_jax.rollout.scoring import (
     RoleScores,
     answer_logprobs,
     answer_logprobs_and_values,
+    answer_rows,
     answer_scores,
     answer_values,
     scores_together,
@@ -32,6 +35,8 @@ from rlhf_jax.training.state import TrainState, apply_gradient
 
 Array = jax.Array
 Metrics = dict[str, Array]
+# (spec, weights, posterior, tokens (B, T), lengths (B,)) -> what a scorer says of each row
+Moment = Callable[[RoleSpec, Weights, Any, Array, Array], Moments]
 
 
 def _row_fields(rollout: Rollout | Experience) -> tuple[Array, Array, Array, Array]:
@@ -93,10 +98,32 @@ def score_rewards(spec: RoleSpec, weights: Weights, rollout: Rollout, parts: int
 
     `stop_strings`: answers may have ended without a stop token; they are read `with_end_token`.
     """
+    return _over_parts(partial(answer_scores, spec, weights), _ended_fields(rollout, stop_strings), parts)
+
+
+@partial(jax.jit, static_argnames=("moment", "spec", "parts", "stop_strings"))
+def score_moments(
+    moment: Moment,
+    spec: RoleSpec,
+    weights: Weights,
+    posterior: Any,
+    rollout: Rollout,
+    parts: int,
+    stop_strings: bool = False,
+) -> Moments:
+    """`score_rewards` of a model that knows its uncertainty, by `moment`: (B,) each."""
+
+    def score(*fields: Array) -> Moments:
+        return moment(spec, weights, posterior, *answer_rows(spec, *fields))
+
+    return _over_parts(score, _ended_fields(rollout, stop_strings), parts)
+
+
+def _ended_fields(rollout: Rollout, stop_strings: bool) -> tuple[Array, Array, Array, Array]:
     prompts, prompt_lengths, tokens, lengths = _row_fields(rollout)
     if stop_strings:
         tokens, lengths = with_end_token(tokens, lengths, rollout.ended, rollout.sampling.stop_ids)
-    return _over_parts(partial(answer_scores, spec, weights), (prompts, prompt_lengths, tokens, lengths), parts)
+    return prompts, prompt_lengths, tokens, lengths
 
 
 class AnswerOutputs(NamedTuple):

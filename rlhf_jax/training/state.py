@@ -104,6 +104,15 @@ def make_optimizer(config: ConfigDict, steps: int, param_dtype: str = "float32")
     return optimizer if param_dtype == "float32" else with_float32_master(optimizer)
 
 
+def over_members(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` for each member of an ensemble, whose leaves have the members in front: none is clipped by another."""
+
+    def update(grads: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        return jax.vmap(inner.update)(grads, state, params)
+
+    return optax.GradientTransformation(jax.vmap(inner.init), update)
+
+
 class RateState(NamedTuple):
     """State of `scale_by_rate`."""
 
@@ -239,7 +248,8 @@ def init_state(
         copied = jax.tree.map(jnp.copy, (params, controllers))
         opt_state = optimizer.init(params)
         if rate is not None:
-            opt_state = optax.tree_utils.tree_set(opt_state, learning_rate=rate)
+            held = optax.tree_utils.tree_get(opt_state, "learning_rate")  # one a member of an ensemble
+            opt_state = optax.tree_utils.tree_set(opt_state, learning_rate=jnp.broadcast_to(rate, held.shape))
         return TrainState(jnp.zeros((), jnp.int32), copied[0], opt_state, copied[1])
 
     shardings = state_shardings(params, axes, optimizer, mesh, controllers)

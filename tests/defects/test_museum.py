@@ -7,14 +7,15 @@ none is always green, and a guard that goes blind is noticed. `source` names who
 thread, or "a slip" where none is known to us.
 
 To add one: a function that patches, and a row in a table: `specimens_rollout.py` (what the watch sees),
-`specimens_rewards.py`, `specimens_update.py`, `specimens_safety.py`, `specimens_host.py` (keys, order, resume,
-configuration), or `specimens_privacy.py` and `specimens_private_stages.py`.
+`specimens_rewards.py`, `specimens_update.py`, `specimens_safety.py`, `specimens_overoptimization.py`,
+`specimens_host.py` (keys, order, resume, configuration), or `specimens_privacy.py` and `specimens_private_stages.py`.
 """
 
 from functools import cache
 
 import pytest
 import specimens_host
+import specimens_overoptimization
 import specimens_privacy
 import specimens_private_stages
 import specimens_rewards
@@ -30,6 +31,7 @@ SPECIMENS = [
     *specimens_rewards.SPECIMENS,
     *specimens_update.SPECIMENS,
     *specimens_safety.SPECIMENS,
+    *specimens_overoptimization.SPECIMENS,
     *specimens_host.SPECIMENS,
     *specimens_privacy.SPECIMENS,
     *specimens_private_stages.SPECIMENS,

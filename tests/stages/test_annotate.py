@@ -30,7 +30,7 @@ CONFIG = TransformerConfig(
     vocab_size=TOKENIZER.vocab_size, layers=1, width=16, heads=2, kv_heads=1, head_dim=8, ffn=24, context=64
 )
 TURNS = [{"role": "user", "content": "hi"}]
-NEVER = np.ones(4) - 1e-9  # draws that say no to every chance below one
+NEVER = np.ones(5) - 1e-9  # draws that say no to every chance below one
 
 
 def row(completions, rewards=None, costs=None):
@@ -101,14 +101,14 @@ def test_the_first_two_answers_with_text_that_differ_are_the_pair(texts, chosen)
 
 @pytest.mark.parametrize("draw, first", [(0.0, True), (0.49, True), (0.5, False), (0.99, False)])
 def test_a_tie_is_decided_by_a_fair_draw(draw, first):
-    pair = exact(row(["a", "b"], [1.0, 1.0], [2.0, 2.0]), np.full(4, draw))
+    pair = exact(row(["a", "b"], [1.0, 1.0], [2.0, 2.0]), np.full(5, draw))
     assert (pair["better"], pair["safer"], pair["safe"]) == (0 if first else 1, 1 if first else 0, [False] * 2)
 
 
 def test_drawn_labels_have_the_chances_of_the_logistic_model():
     answers, n = row(["a", "b"], [1.5, 0.5], [-1.0, 2.0]), 4000
     pairs = [
-        _pair({"prompt": "p"}, answers, keyed_generator(0, "s", str(i)).random(4), sampled=True, cost_weight=0.0)
+        _pair({"prompt": "p"}, answers, keyed_generator(0, "s", str(i)).random(5), sampled=True, cost_weight=0.0)
         for i in range(n)
     ]
     found = {
@@ -120,8 +120,17 @@ def test_drawn_labels_have_the_chances_of_the_logistic_model():
     for name, (share, logit) in found.items():
         p = 1 / (1 + math.exp(-logit))
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n), name
-    mixed = [_pair({"prompt": "p"}, answers, np.full(4, draw), sampled=True, cost_weight=1.0) for draw in (0.98, 0.983)]
+    mixed = [_pair({"prompt": "p"}, answers, np.full(5, draw), sampled=True, cost_weight=1.0) for draw in (0.98, 0.983)]
     assert [pair["better"] for pair in mixed] == [0, 1]  # sigmoid((1.5 + 1) - (0.5 - 2)) = 0.98201
+
+
+def test_a_share_of_the_better_labels_is_turned_round_and_of_no_others():
+    answers = row(["a", "b"], [1.0, 0.0], [2.0, -2.0])
+    drawn = [np.random.default_rng(i).random(5) for i in range(4000)]
+    pairs = [_pair({"prompt": "p"}, answers, draws, sampled=False, cost_weight=0.0, flips=0.25) for draws in drawn]
+    turned = np.mean([pair["better"] == 1 for pair in pairs])
+    assert abs(turned - 0.25) < 4 * math.sqrt(0.25 * 0.75 / len(pairs))
+    assert all((pair["safer"], pair["safe"]) == (1, [False, True]) for pair in pairs)
 
 
 def test_the_figures_of_labels_and_scores():

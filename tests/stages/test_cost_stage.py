@@ -66,7 +66,7 @@ def make_context(folder, data, **fields):
 def rows_of(context, part="train"):
     role = Role(SPEC, weights(), TOKENIZER)
     data = context.config.data if part == "train" else context.config.evaluation.data
-    return cost._make_rows(context, role, data, part)
+    return cost.make_rows(context, role, data, part)
 
 
 # --- a task ----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from rlhf_jax.config import experiment, stage
-from rlhf_jax.data.safety_task import HARM, HELP, all_prompts, gold_cost, gold_refusal, gold_reward, written_answers
+from rlhf_jax.data.safety_task import (
+    HARM,
+    HELP,
+    WORDS,
+    all_prompts,
+    gold_cost,
+    gold_refusal,
+    gold_reward,
+    written_answers,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages import split
 from rlhf_jax.stages.context import Context
@@ -78,3 +88,14 @@ def test_the_world_s_prompts_are_distinct_and_its_answers_keyed_by_them():
     assert all_prompts(1) != prompts
     few = list(written_answers(prompts[5:7], 2, seed=0))
     assert few == list(written_answers(prompts[:10], 2, seed=0))[10:14]
+
+
+def test_words_of_a_zipf_world_are_as_rare_as_their_ranks_say():
+    prompts = all_prompts(0)
+    answers = [answer["completion"].split()[0] for answer in written_answers(prompts, 2, seed=0, zipf=1.5)]
+    words = [word for word in answers if word in WORDS]  # the first word of an answer is drawn by the shares alone
+    shares = np.arange(1, len(WORDS) + 1) ** -1.5
+    shares /= shares.sum()
+    counts = np.asarray([words.count(word) for word in WORDS])
+    expected = shares * len(words)
+    assert np.sum((counts - expected) ** 2 / expected) < 80  # chi-square with 39 degrees: 1 in 10,000 above 79
