@@ -121,9 +121,10 @@ def compared(stages, size, noise, seeds, small=False):
             proxies[name].append(names[kind])
     ranked = dict(
         subject="lm_medium",
-        data="task/heldout.jsonl",
+        data=f"heldout_{noise}/pairs.jsonl",
         proxies={name: ",".join(sources) for name, sources in proxies.items()},
         gold="gold",
+        against="chosen",
         **ANSWER,
     )
     chosen = f"choice_{size}_{noise}"
@@ -132,25 +133,26 @@ def compared(stages, size, noise, seeds, small=False):
     for name, (kind, adjustment) in POLICIES.items() if size == "medium" else ():
         runs = [f"{kind}_{adjustment}_{size}_{noise}_ppo_{seed}" for seed in range(1, seeds + 1)]
         for seed, run in enumerate(runs, 1):
-            stages[run] = policy(f"{kind}_{size}_{noise}_{seed}", adjustment, chosen, iterations=20 if small else 300)
+            stages[run] = policy(
+                f"{kind}_{size}_{noise}_{seed}", f"pairs_{noise}", adjustment, chosen, iterations=20 if small else 200
+            )
         policies[name] = ",".join(runs)
-    stages[f"best_{size}_{noise}"] = stage(
-        "overoptimization",
-        records=16 if small else 64,
-        pool=128 if small else 512,
-        batch_size=128,
-        policies=policies,
-        **ranked,
-    )
+    pools = dict(records=16 if small else 64, pool=128 if small else 512, batch_size=128)
+    stages[f"best_{size}_{noise}"] = stage("overoptimization", policies=policies, **pools, **ranked)
+    if (size, noise) == ("medium", "noisy") and not small:
+        absolute = {**ranked, "against": ""}
+        stages[f"absolute_{size}_{noise}"] = stage("overoptimization", **pools, **absolute)
 
 
-def policy(source, adjustment, chosen, iterations):
+def policy(source, data, adjustment, chosen, iterations):
     """PPO against one proxy, without a KL penalty to speak of; gold looks on."""
-    fields = dict(kind=adjustment) if adjustment in ("none", "worst") else dict(kind=adjustment, chosen_by=chosen)
+    fields = {} if adjustment == "none" else dict(kind=adjustment, against="chosen")
+    if adjustment in ("std", "variance"):
+        fields["chosen_by"] = chosen
     return stage(
         "ppo",
         init="lm_medium",
-        data="task/prompts.jsonl",
+        data=f"{data}/pairs.jsonl",
         reward=f"{source},gold",
         reward_weights=(1.0, 0.0),
         reward_adjustment=fields,

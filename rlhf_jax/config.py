@@ -144,6 +144,7 @@ ADJUSTMENT: dict[str, Any] = dict(  # of scores that know their uncertainty: sou
     kind="none",  # "none" (the mean) | "std" | "variance" (the mean less k times it) | "worst" (of the members)
     k=1.0,
     chosen_by="",  # an overoptimization stage, whose held-out prompts chose this kind's k for this source
+    against="",  # a field of the prompts' records, an answer: what counts is the uncertainty of the difference to it
 )
 REWARD_SOURCES = dict(
     reward=REQUIRED,  # SOURCE[,SOURCE...]: a reward stage, a sequence-classification folder, or FILE.py:FUNCTION
@@ -385,6 +386,7 @@ STAGES: dict[str, dict[str, Any]] = {
             variance=(0.25, 0.5, 1.0, 2.0, 4.0),
             worst=(0.0,),
         ),
+        against="",  # as `reward_adjustment.against`, for all proxies
         selection=0.5,  # share of the prompts on which k is chosen by gold, and n for the plain proxy
         policies=dict(),  # name -> STAGE[,STAGE...]: ppo stages whose gold over KL is drawn beside
         **PROMPTS,
@@ -465,6 +467,7 @@ PRODUCED = {  # kind -> files it leaves for others
 SCORERS = ("reward", "constraint.cost", "cost", "judge", "gold")  # fields that score answers
 # Changing these never changes what a finished stage holds, up to rounding.
 NOT_SEMANTIC = ("mesh", "checkpoint")
+SHOWN_NAMES = 24  # in a message that lists what is valid
 
 
 def _config_dict(fields: Mapping[str, Any]) -> ConfigDict:
@@ -475,9 +478,11 @@ def _config_dict(fields: Mapping[str, Any]) -> ConfigDict:
 
 
 def nearest(name: str, valid) -> str:
-    """` (did you mean "x"?)`, or the valid names when none is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else "valid: " + ", ".join(sorted(valid))
+    """` (did you mean "x"?)`, or the valid names, a line of them, when none is near."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f'did you mean "{close[0]}"?' if close else f"valid: {', '.join(names[:SHOWN_NAMES])}{more}"
 
 
 def merge(defaults: ConfigDict, fields: Mapping[str, Any], where: str) -> None:

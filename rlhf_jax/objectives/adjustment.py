@@ -22,11 +22,18 @@ class Moments(NamedTuple):
     highest: Array | None = None
 
 
-def mixture(means: Array, variances: Array | None = None) -> Moments:
-    """The moments of an ensemble whose members say `means` (M, B), and `variances` (M, B) where they know their own."""
-    spread = jnp.var(means, axis=0)
+def mixture(means: Array, variances: Array | None = None, offsets: Array | None = None) -> Moments:
+    """The moments of an ensemble whose members say `means` (M, B), and `variances` (M, B) where they know their own.
+
+    Args:
+      offsets: (M, B), what the members say of a reference answer; then only the differences to it are uncertain, and
+        the lowest and highest differences stand on the mean of the offsets.
+    """
+    level = 0.0 if offsets is None else jnp.mean(offsets, axis=0)
+    differing = means if offsets is None else means - offsets + level
+    spread = jnp.var(differing, axis=0)
     variance = spread if variances is None else spread + jnp.mean(variances, axis=0)
-    return Moments(jnp.mean(means, axis=0), variance, jnp.min(means, axis=0), jnp.max(means, axis=0))
+    return Moments(jnp.mean(means, axis=0), variance, jnp.min(differing, axis=0), jnp.max(differing, axis=0))
 
 
 def adjusted(moments: Moments, kind: str, k: Array | float, sign: Array | float = 1.0) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import all_sources, is_folder, is_function, score_sources
+from rlhf_jax.data.examples import answer_ids
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.distributed.sharding import batch_sharding, place_batch, replicated
@@ -24,7 +25,7 @@ from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.functions import RewardFunction, load_function, score_answers
 from rlhf_jax.rollout.reencode import ForeignScores, answer_text
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.scored import adjustment_of, load_scorer, moments
+from rlhf_jax.stages.scored import adjustment_of, load_scorer, moments, reference_of
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.ppo import score_moments, score_rewards
 
@@ -88,12 +89,18 @@ class Judge:
                 self.posteriors[name] = scorer.posterior
             self.foreign[name] = role.tokenizer.identity != tokenizer.identity
             if self.foreign[name]:
+                if reference_of(context, field):
+                    raise UserError(
+                        f"stages.{context.name}: {source} has a tokenizer of its own, and its uncertainty against a "
+                        "reference answer is not read: leave `against` out"
+                    )
                 whole = is_folder(stages, source)
                 self._rescore[name] = ForeignScores(
                     role.spec, (role.weights, scorer.posterior), role.tokenizer, tokenizer, mesh, whole, _of_rows
                 )
         given = context.config.reward_weights if field == "reward" else ()
         weights = np.asarray(given or [1.0] * len(sources), np.float32)
+        self._reference = reference_of(context, field)
         kind, ks = adjustment_of(context, field, sources)
         signs = np.where((weights < 0) | (field == "constraint.cost"), -1, 1).astype(np.float32)
         self._numbers = jax.device_put((weights, ks, signs), replicated(mesh))
@@ -122,20 +129,46 @@ class Judge:
         Args:
           records: the normalized prompt record of each of the rollout's rows.
         """
-        scores = {name: self._read(name, rollout) for name in self.roles if not self.foreign[name]}
+        references = self._references(rollout, records)
+        scores = {name: self._read(name, rollout, references) for name in self.roles if not self.foreign[name]}
         called = None
         if self._functions:  # the thread only copies shards: processes meet in no collective there
             fields = self._by_rows((rollout.tokens, rollout.lengths, rollout.ended))
             called = self._worker.submit(self._call, fields, records)
         return Pending(rollout, records, scores, called)
 
-    def _read(self, name: str, rollout: Rollout) -> Moments:
+    def _references(self, rollout: Rollout, records: Sequence[Record]) -> tuple[jax.Array, ...]:
+        """Tokens (B, N) and lengths (B,) of the records' reference answers, cut to the rollout's N; () without any."""
+        if not self._reference:
+            return ()
+        width = rollout.tokens.shape[1]
+        answers = [self._reference_ids(record)[:width] for record in records]
+
+        def load(mine: np.ndarray) -> dict[str, np.ndarray]:
+            tokens = np.zeros((len(mine), width), np.int32)
+            for at, row in enumerate(mine):
+                tokens[at, : len(answers[row])] = answers[row]
+            return {"tokens": tokens, "lengths": np.asarray([len(answers[row]) for row in mine], np.int32)}
+
+        placed = place_batch(len(records), load, self._mesh)
+        return placed["tokens"], placed["lengths"]
+
+    def _reference_ids(self, record: Record) -> list[int]:
+        if not record.get(self._reference):
+            raise UserError(
+                f'a prompt has no "{self._reference}", which its answers\' uncertainty is read against: add it to '
+                "every record, or leave `against` out"
+            )
+        return answer_ids(self._tokenizer, record["prompt"], record[self._reference])
+
+    def _read(self, name: str, rollout: Rollout, references: tuple[jax.Array, ...]) -> Moments:
         """What a model that reads the policy's tokens says."""
         role, posterior = self.roles[name], self.posteriors.get(name)
         if posterior is None and role.spec.members == 1:
             return Moments(score_rewards(role.spec, role.weights, rollout, self._parts, self._stop_strings))
+        held = role.spec, role.weights, posterior
         return score_moments(
-            moments, role.spec, role.weights, posterior, rollout, self._parts, stop_strings=self._stop_strings
+            moments, *held, rollout, self._parts, stop_strings=self._stop_strings, references=references
         )
 
     def finish(self, pending: Sequence[Pending]) -> tuple[jax.Array, dict[str, jax.Array]]:

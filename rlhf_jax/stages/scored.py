@@ -15,7 +15,7 @@ from rlhf_jax.rollout.scoring import member_scores
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.posteriors import load_posterior
 from rlhf_jax.training.artifacts import Role
-from rlhf_jax.uncertainty import score_moments
+from rlhf_jax.uncertainty import relative_moments, score_moments
 
 Array = jax.Array
 
@@ -65,17 +65,42 @@ def adjustment_of(context: Context, field: str, sources: list[str]) -> tuple[str
     return fields.kind, np.asarray(ks, np.float32)
 
 
+def reference_of(context: Context, field: str) -> str:
+    """The field of the prompts' records whose answer a field's scores are uncertain against; "" where there is none."""
+    config = context.config
+    if field.startswith("proxies."):
+        return config.against
+    return config.get("reward_adjustment", {}).get("against", "") if field == "reward" else ""
+
+
 def moments(spec: RoleSpec, weights: Weights, posterior: Any, tokens: Array, lengths: Array) -> Moments:
-    """What a scorer says at the last real token of rows (B, T) of lengths (B,); jitted by its callers."""
+    """What a scorer says at the last real token of rows; jitted by its callers.
+
+    Args:
+      tokens: (B, T) int32, or (B, 2, T): then the variance is that of the difference to the second row.
+      lengths: (B,), or (B, 2).
+    """
     if posterior is None:
-        scores = member_scores(spec, weights, tokens, lengths)
-        return Moments(scores[0]) if spec.members == 1 else mixture(scores)
+        return _of_members(spec, weights, tokens, lengths)
+    posterior_moments = score_moments if tokens.ndim == 2 else relative_moments
     if spec.members == 1:
-        return Moments(*score_moments(spec, weights, posterior, tokens, lengths))
+        return Moments(*posterior_moments(spec, weights, posterior, tokens, lengths))
     one, _ = member(spec, weights, 0)
     own, shared = member_parts(weights)
 
     def of_member(mine: Weights, mine_posterior: Any) -> tuple[Array, Array]:
-        return score_moments(one, {**shared, **mine}, mine_posterior, tokens, lengths)
+        return posterior_moments(one, {**shared, **mine}, mine_posterior, tokens, lengths)
 
-    return mixture(*jax.vmap(of_member)(own, posterior))
+    means, variances = jax.vmap(of_member)(own, posterior)
+    offsets = None if tokens.ndim == 2 else member_scores(spec, weights, tokens[:, 1], lengths[:, 1])
+    return mixture(means, variances, offsets)
+
+
+def _of_members(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array) -> Moments:
+    """`moments` of a model alone, or of an ensemble."""
+    if tokens.ndim == 2:
+        scores = member_scores(spec, weights, tokens, lengths)
+        return Moments(scores[0]) if spec.members == 1 else mixture(scores)
+    scores = member_scores(spec, weights, tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
+    scores = scores.reshape(spec.members, -1, 2)
+    return Moments(scores[0, :, 0]) if spec.members == 1 else mixture(scores[..., 0], offsets=scores[..., 1])

@@ -35,7 +35,8 @@ from rlhf_jax.training.state import TrainState, apply_gradient
 
 Array = jax.Array
 Metrics = dict[str, Array]
-# (spec, weights, posterior, tokens (B, T), lengths (B,)) -> what a scorer says of each row
+# (spec, weights, posterior, tokens (B, T), lengths (B,)) -> what a scorer says of each row, or of (B, 2, T) and (B, 2)
+# of each first row, where what is uncertain is its difference to the second one
 Moment = Callable[[RoleSpec, Weights, Any, Array, Array], Moments]
 
 
@@ -110,13 +111,23 @@ def score_moments(
     rollout: Rollout,
     parts: int,
     stop_strings: bool = False,
+    references: tuple[Array, ...] = (),
 ) -> Moments:
-    """`score_rewards` of a model that knows its uncertainty, by `moment`: (B,) each."""
+    """`score_rewards` of a model that knows its uncertainty, by `moment`: (B,) each.
 
-    def score(*fields: Array) -> Moments:
-        return moment(spec, weights, posterior, *answer_rows(spec, *fields))
+    `references`: tokens (B, N) and lengths (B,) of other answers to the same prompts, N at most the rollout's.
+    """
 
-    return _over_parts(score, _ended_fields(rollout, stop_strings), parts)
+    def score(prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array, *reference: Array) -> Moments:
+        rows = answer_rows(spec, prompts, prompt_lengths, answers, lengths)
+        if reference:
+            others, other_lengths = reference
+            padded = jnp.pad(others, ((0, 0), (0, answers.shape[1] - others.shape[1])))
+            second = answer_rows(spec, prompts, prompt_lengths, padded, other_lengths)
+            rows = jnp.stack([rows[0], second[0]], axis=1), jnp.stack([rows[1], second[1]], axis=1)
+        return moment(spec, weights, posterior, *rows)
+
+    return _over_parts(score, (*_ended_fields(rollout, stop_strings), *references), parts)
 
 
 def _ended_fields(rollout: Rollout, stop_strings: bool) -> tuple[Array, Array, Array, Array]:

@@ -37,6 +37,23 @@ def score_moments(
     return scores[:, 0], _scaled(posterior, gradient)
 
 
+def relative_moments(
+    spec: RoleSpec, weights: Weights, posterior: Posterior, tokens: Array, lengths: Array
+) -> tuple[Array, Array]:
+    """Mean of each answer's score, and the variance of its difference to a reference answer of the same prompt.
+
+    What preferences leave open, where a prompt's scores lie, is not in this variance.
+
+    Args:
+      tokens: (B, 2, T) int32, the answer's row and its reference's; lengths: (B, 2).
+
+    Returns:
+      mean (B,) of the first score and variance (B,), float32.
+    """
+    scores, gradient = _along(spec, weights, posterior, tokens, lengths, DIFFERENCE)
+    return scores[:, 0], _scaled(posterior, gradient)
+
+
 def difference_moments(
     spec: RoleSpec, weights: Weights, posterior: Posterior, tokens: Array, lengths: Array
 ) -> tuple[Array, Array]:

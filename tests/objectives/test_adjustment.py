@@ -51,3 +51,12 @@ def test_an_ensembles_moments_are_those_of_its_mixture():
     np.testing.assert_allclose(moments.lowest, means.min(0), rtol=1e-6)
     np.testing.assert_allclose(moments.highest, means.max(0), rtol=1e-6)
     np.testing.assert_allclose(mixture(jnp.asarray(means)).variance, means.var(0), rtol=1e-5)
+
+
+def test_against_a_reference_only_differences_are_uncertain():
+    means, offsets = jnp.asarray([[1.0, 0.0], [4.0, 2.0]]), jnp.asarray([[0.0, 1.0], [2.0, 2.0]])
+    moments = mixture(means, offsets=offsets)
+    np.testing.assert_allclose(moments.mean, [2.5, 1.0])
+    np.testing.assert_allclose(moments.variance, [0.25, 0.25])  # of the differences 1, 2 and -1, 0
+    np.testing.assert_allclose(moments.lowest, [2.0, 0.5])  # the least difference on the mean offset
+    np.testing.assert_allclose(moments.highest, [3.0, 1.5])

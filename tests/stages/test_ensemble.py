@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import experiment, stage
+from rlhf_jax.data.examples import answer_ids
 from rlhf_jax.data.tokenizer import load_tokenizer
 from rlhf_jax.distributed.sharding import fetch, make_mesh, replicated
 from rlhf_jax.errors import UserError
@@ -184,6 +185,37 @@ def test_a_judge_takes_off_what_uncertainty_costs(ensemble, tmp_path, fields, wa
     for name, column in {**wanted_columns, "highest": scores.max(0)}.items():
         np.testing.assert_allclose(columns[f"{name}/scorer"], column, rtol=1e-3, atol=1e-4)
     assert judge.forward_passes() == MEMBERS
+
+
+def test_a_reference_answer_takes_a_prompts_own_offset_out_of_the_uncertainty(ensemble, tmp_path):
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    config = experiment()
+    config.stages.base = stage("sft", init="scratch", tokenizer="x", data="x")
+    config.stages.scorer = stage("reward", init="base", data="x", members=MEMBERS, lora=FEW)
+    adjustment = dict(kind="std", k=1.0, against="completion")
+    config.stages.ppo = stage("ppo", init="base", reward="scorer", data="x", reward_adjustment=adjustment)
+    validate(config)
+    context = Context("ppo", config, tmp_path, "identity")
+    role = ensemble[1]
+    context.load = lambda reference, mesh: role
+    judge = Judge(context, TOKENIZER, mesh, parts=2, stop_strings=False)
+    rollout, texts = make_rollout(mesh), ["yes", "no 3", "no 4", "yes yes"]
+    records = [{"prompt": "", "completion": text} for text in texts]
+    total, columns = judge.finish([judge.begin(rollout, records)])
+
+    def scores(tokens, lengths):
+        rows = answer_rows(role.spec, rollout.prompts, rollout.prompt_lengths, tokens, lengths)
+        return np.asarray(member_scores(role.spec, role.weights, *rows))
+
+    ids = [answer_ids(TOKENIZER, "", text)[:5] for text in texts]
+    padded = jnp.asarray([row + [0] * (5 - len(row)) for row in ids], jnp.int32)
+    own = scores(rollout.tokens, rollout.lengths)
+    differences = own - scores(padded, jnp.asarray([len(row) for row in ids], jnp.int32))
+    np.testing.assert_allclose(columns["rewards/scorer"], own.mean(0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(columns["variance/scorer"], differences.var(0), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(total, own.mean(0) - differences.std(0), rtol=2e-3, atol=1e-4)
+    with pytest.raises(UserError, match='no "completion"'):
+        judge.begin(rollout, [{"prompt": ""}] * 4)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
