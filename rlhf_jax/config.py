@@ -369,6 +369,7 @@ STAGES: dict[str, dict[str, Any]] = {
         **{**REWARD_SOURCES, "reward": ""},  # what is better; "": no such label
         cost="",  # one source: the lower cost is safer, and safe is a cost of at most 0; "": no such labels
         **PROMPTS,
+        records=0,  # prompts, the first so many; 0: all
         samples=2,  # answers to each prompt; the first two that differ are its pair
         labels="exact",  # "exact" | "sampled": drawn as from people, whose choices are logistic in the scores
         flips=0.0,  # share of the better labels that are turned round, as careless labellers do

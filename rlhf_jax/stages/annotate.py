@@ -46,7 +46,8 @@ def run(context: Context) -> dict[str, Any]:
     fields = {name: field for name, field in (("rewards", "reward"), ("costs", "cost")) if config[field]}
     with jax.set_mesh(mesh):
         role = context.load(config.subject, mesh)
-        prompts = Prompts(context, role.tokenizer, role.spec.config.context, config.data)
+        room, limit = role.spec.config.context, config.records or None
+        prompts = Prompts(context, role.tokenizer, room, config.data, limit)
         context.progress(f"{len(prompts)} prompts, {config.samples} answers each")
         scorers = {name: make_judge(context, role, mesh, field) for name, field in fields.items()}
         path = context.folder / "answers.jsonl"

@@ -27,7 +27,7 @@ def check_annotate(stages: ConfigDict, config: ConfigDict, where: str) -> None:
     choice(config, where, "labels", ("exact", "sampled"))
     if not config.reward and not config.cost:
         raise UserError(f"{where}.reward and cost are both empty: name what judges the answers")
-    not_negative(config, where, ("cost_weight",))
+    not_negative(config, where, ("cost_weight", "records"))
     if not 0 <= config.flips < 1 or (config.flips and not config.reward):
         why = "it is a share of the better labels, below 1" if config.reward else "without a reward nothing is better"
         raise UserError(f"{where}.flips is {config.flips:g}: {why}")
