@@ -205,6 +205,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
                 lines.append(f"      {describe_claim(fields)}")
             described = [*plans.describe(contexts[name]), *plans.previews(contexts[name], KINDS[fields.kind])]
             lines += [f"      {line}" for line in described]
+        elif hasattr(KINDS[fields.kind], "describe"):
+            lines += [f"      {line}" for line in KINDS[fields.kind].describe(contexts[name])]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ bias is left out. What is chosen by held-out records is chosen by every second o
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -30,16 +31,18 @@ from rlhf_jax.evaluation.uncertainty import (
     negative_log_likelihood,
     probit_probability,
 )
+from rlhf_jax.models.lora import init_adapters
 from rlhf_jax.models.roles import member
 from rlhf_jax.stages import laplace_figures as held
 from rlhf_jax.stages.context import CHECKED_RECORDS, Context
 from rlhf_jax.stages.cost import make_rows
+from rlhf_jax.stages.plan import shape_of
 from rlhf_jax.stages.posteriors import fingerprints, save_posterior
 from rlhf_jax.stages.reward import make_pairs
 from rlhf_jax.stages.scorer import Rows, place_answers, rows_hash
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.uncertainty.fit import Curvature, fit, groups, joint_gradient
-from rlhf_jax.uncertainty.jacobians import HEAD
+from rlhf_jax.uncertainty.jacobians import HEAD, blocks_of
 from rlhf_jax.uncertainty.posterior import Posterior, precisions
 from rlhf_jax.uncertainty.prior import curve, log_evidence, maximize, merged
 
@@ -77,6 +80,31 @@ def check(context: Context) -> None:
         if data and not any(name.split("/")[0] in context.experiment.stages for name in names):
             for _ in as_subject(context).stream(data, subject.schema, CHECKED_RECORDS):
                 pass
+
+
+def describe(context: Context) -> list[str]:
+    """What `--dry_run` says: how many weights are uncertain, and what the posterior takes."""
+    config, stages = context.config, context.experiment.stages
+    shape, members = shape_of(context, config.subject), stages[config.subject].members
+    lora = dataclasses.replace(context, name=config.subject).lora() if config.scope == "all" else None
+    if shape is None:
+        return ["posterior: its size is known once the tokenizer is there"]
+    adapters = jax.eval_shape(partial(init_adapters, shape, lora), key=jax.random.key(0)) if lora else None
+    blocks = jax.eval_shape(blocks_of, adapters, jax.ShapeDtypeStruct((shape.width, 1), jnp.float32))
+    weights = sum(math.prod(block.shape) for block in blocks.values())
+    line = f"posterior over {weights / 1e6:.2f}M weights" + (f" of each of {members} members" if members > 1 else "")
+    if config.structure == "dual":
+        return [f"{line}, exact: {4 * weights} bytes a term of the training data, in all at most 1 GiB"]
+    numbers = sum(_numbers(config, *block.shape) for block in blocks.values())
+    return [f"{line}, {config.structure}: {4 * members * numbers / 2**20:.1f} MiB"]
+
+
+def _numbers(config: ConfigDict, layers: int, large: int, small: int) -> int:
+    """How many a block's curvature takes."""
+    if config.structure == "diagonal":
+        return layers * large * small
+    kept = min(config.rank or large, large)
+    return layers * (large * kept + small * small + kept * small)
 
 
 def run(context: Context) -> dict[str, Any]:

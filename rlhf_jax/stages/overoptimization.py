@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from rlhf_jax.config import score_sources
+from rlhf_jax.config import all_sources, is_function, score_sources, scoring_model
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.distributed.processes import barrier, is_main_process
@@ -72,6 +72,15 @@ def _check_policy(context: Context, name: str, policy: str) -> None:
                 f"{where}: {policy} has {field} {trained[field]} and stages.{context.name} has {config[field]}, so "
                 "their answers cannot be compared: make them one"
             )
+
+
+def describe(context: Context) -> list[str]:
+    """What `--dry_run` says: how much is decoded, and by how many models it is scored."""
+    config, stages = context.config, context.experiment.stages
+    sources = {source for _, source in all_sources(config) if not is_function(source)}
+    models = sum(stages[scoring_model(stages, s)].members if s in stages else 1 for s in sources)
+    answers = f"{config.records} prompts, {config.pool} answers each: {config.records * config.pool} in all"
+    return [f"{answers}, each read by {models} models, posteriors' as by three"]
 
 
 def run(context: Context) -> dict[str, Any]:

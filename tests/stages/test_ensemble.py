@@ -187,6 +187,24 @@ def test_a_judge_takes_off_what_uncertainty_costs(ensemble, tmp_path, fields, wa
     assert judge.forward_passes() == MEMBERS
 
 
+def test_uncertainty_adds_to_a_cost(ensemble, tmp_path):
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    config = experiment()
+    config.stages.base = stage("sft", init="scratch", tokenizer="x", data="x")
+    config.stages.harm = stage("cost", init="base", data="x", members=MEMBERS, lora=FEW)
+    config.stages.help = stage("reward", init="base", data="x", lora=FEW)
+    constraint = dict(cost="harm", adjustment=dict(kind="std", k=1.5))
+    config.stages.ppo = stage("ppo", init="base", reward="help", data="x", constraint=constraint)
+    validate(config)
+    context = Context("ppo", config, tmp_path, "identity")
+    context.load = lambda reference, mesh: ensemble[1]
+    judge = Judge(context, TOKENIZER, mesh, parts=1, stop_strings=False, field="constraint.cost")
+    total, columns = judge.finish([judge.begin(make_rollout(mesh), [{"prompt": ""}] * 4)])
+    above = np.asarray(total) - np.asarray(columns["rewards/harm"])
+    np.testing.assert_allclose(above, 1.5 * np.sqrt(columns["variance/harm"]), rtol=1e-4, atol=1e-5)
+    assert (above > 0).all()
+
+
 def test_a_reference_answer_takes_a_prompts_own_offset_out_of_the_uncertainty(ensemble, tmp_path):
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     config = experiment()

@@ -17,7 +17,13 @@ from rlhf_jax.uncertainty.fit import groups, joint_gradient, make_sketches
 from rlhf_jax.uncertainty.jacobians import gradients, uncertain
 from rlhf_jax.uncertainty.likelihood import directions, terms
 from rlhf_jax.uncertainty.posterior import variance
-from rlhf_jax.uncertainty.predictive import DIFFERENCE, difference_moments, moments_by_precision, score_moments
+from rlhf_jax.uncertainty.predictive import (
+    DIFFERENCE,
+    difference_moments,
+    moments_by_precision,
+    relative_moments,
+    score_moments,
+)
 from rlhf_jax.uncertainty.prior import log_evidence, maximize
 
 SPEC = tiny.tiny_spec()
@@ -184,16 +190,21 @@ def test_every_batch_runs_one_program(model):
         assert step._cache_size() == 1
 
 
-def test_a_mesh_of_two_devices_gives_the_same(model):
+STEPS = {"tokens": partial(sums.token_moments, SPEC), "records": partial(sums.record_moments, SPEC, "all")}
+
+
+@pytest.mark.parametrize("factors", STEPS)
+def test_a_mesh_of_two_devices_gives_the_same(model, factors):
     weights, data = model
+    step = STEPS[factors]
     mesh = make_mesh(2, 1, 1, jax.devices()[:2])
     placed = jax.device_put(weights, tree_shardings(weights, weight_axes(SPEC, weights), mesh))
     sketches = make_sketches(uncertain(weights, "all", 1.0), 3, key=jax.random.key(0))
     part = {name: x[:40] for name, x in data.items()}
-    one = sums.token_moments(SPEC, 1.0, sketches, weights, part)
+    one = step(1.0, sketches, weights, part)
     with jax.set_mesh(mesh):
         batch = place_batch(40, lambda mine: {name: x[mine] for name, x in part.items()}, mesh)
-        two = sums.token_moments(SPEC, 1.0, sketches, placed, batch)
+        two = step(1.0, sketches, placed, batch)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(np.abs(a).max()))
 
@@ -275,6 +286,16 @@ def test_a_pairs_two_answers_are_not_independent(model, oracle):
     assert np.abs(both - (each[0] + each[1])).max() > 0.1 * float(np.mean(both))
     same = PLACE[0][:, [0, 0]], PLACE[1][:, [0, 0]]
     np.testing.assert_allclose(PAIR(SPEC, weights, posterior, *same)[1], 0.0, atol=1e-5)
+
+
+def test_against_a_reference_the_mean_is_the_answers_own_and_the_variance_the_differences(model, oracle):
+    weights, _ = model
+    posterior = tiny.posterior_of(oracle, 2.0)
+    mean, variance = jax.jit(relative_moments, static_argnums=0)(SPEC, weights, posterior, *PLACE)
+    np.testing.assert_allclose(
+        mean, SIDE(SPEC, weights, posterior, PLACE[0][:, 0], PLACE[1][:, 0])[0], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(variance, PAIR(SPEC, weights, posterior, *PLACE)[1], rtol=1e-6)
 
 
 def test_the_mean_is_the_models_own_score_and_padding_changes_no_variance(model, oracle):
