@@ -25,7 +25,7 @@ from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.functions import RewardFunction, load_function, score_answers
 from rlhf_jax.rollout.reencode import ForeignScores, answer_text
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.scored import adjustment_of, load_scorer, moments, reference_of
+from rlhf_jax.stages.uncertain import adjustment_of, load_scorer, moments, reference_of
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.ppo import score_moments, score_rewards
 
