@@ -143,7 +143,21 @@ def test_a_cost_ensemble_trains_and_reports(tmp_path):
 # --- what it says of a rollout ---------------------------------------------------------------------------------------
 
 
-def make_rollout(mesh, rows=4):
+def make_judge(role, folder, field="reward", **fields):
+    """The judge of a ppo stage whose every model is `role`."""
+    config, mesh = experiment(), make_mesh(1, 1, 1, jax.devices()[:1])
+    config.stages.base = stage("sft", init="scratch", tokenizer="x", data="x")
+    config.stages.scorer = stage("reward", init="base", data="x", members=MEMBERS, lora=FEW)
+    config.stages.harm = stage("cost", init="base", data="x", members=MEMBERS, lora=FEW)
+    config.stages.ppo = stage("ppo", init="base", data="x", **fields)
+    validate(config)
+    context = Context("ppo", config, folder, "identity")
+    context.load = lambda reference, mesh: role
+    return Judge(context, TOKENIZER, mesh, parts=2, stop_strings=False, field=field)
+
+
+def make_rollout(rows=4):
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     rng = np.random.default_rng(1)
     fields = dict(
         prompts=rng.integers(3, 200, (rows, 6)).astype(np.int32),
@@ -166,17 +180,8 @@ def make_rollout(mesh, rows=4):
     ],
 )
 def test_a_judge_takes_off_what_uncertainty_costs(ensemble, tmp_path, fields, wanted):
-    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    config = experiment()
-    config.stages.base = stage("sft", init="scratch", tokenizer="x", data="x")
-    config.stages.scorer = stage("reward", init="base", data="x", members=MEMBERS, lora=FEW)
-    config.stages.ppo = stage("ppo", init="base", reward="scorer", data="x", reward_adjustment=fields)
-    validate(config)
-    context = Context("ppo", config, tmp_path, "identity")
-    role = ensemble[1]
-    context.load = lambda reference, mesh: role
-    judge = Judge(context, TOKENIZER, mesh, parts=2, stop_strings=False)
-    rollout = make_rollout(mesh)
+    role, rollout = ensemble[1], make_rollout()
+    judge = make_judge(role, tmp_path, reward="scorer", reward_adjustment=fields)
     total, columns = judge.finish([judge.begin(rollout, [{"prompt": ""}] * 4)])
     rows = answer_rows(role.spec, rollout.prompts, rollout.prompt_lengths, rollout.tokens, rollout.lengths)
     scores = np.asarray(member_scores(role.spec, role.weights, *rows))
@@ -188,36 +193,18 @@ def test_a_judge_takes_off_what_uncertainty_costs(ensemble, tmp_path, fields, wa
 
 
 def test_uncertainty_adds_to_a_cost(ensemble, tmp_path):
-    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    config = experiment()
-    config.stages.base = stage("sft", init="scratch", tokenizer="x", data="x")
-    config.stages.harm = stage("cost", init="base", data="x", members=MEMBERS, lora=FEW)
-    config.stages.help = stage("reward", init="base", data="x", lora=FEW)
     constraint = dict(cost="harm", adjustment=dict(kind="std", k=1.5))
-    config.stages.ppo = stage("ppo", init="base", reward="help", data="x", constraint=constraint)
-    validate(config)
-    context = Context("ppo", config, tmp_path, "identity")
-    context.load = lambda reference, mesh: ensemble[1]
-    judge = Judge(context, TOKENIZER, mesh, parts=1, stop_strings=False, field="constraint.cost")
-    total, columns = judge.finish([judge.begin(make_rollout(mesh), [{"prompt": ""}] * 4)])
+    judge = make_judge(ensemble[1], tmp_path, "constraint.cost", reward="scorer", constraint=constraint)
+    total, columns = judge.finish([judge.begin(make_rollout(), [{"prompt": ""}] * 4)])
     above = np.asarray(total) - np.asarray(columns["rewards/harm"])
     np.testing.assert_allclose(above, 1.5 * np.sqrt(columns["variance/harm"]), rtol=1e-4, atol=1e-5)
     assert (above > 0).all()
 
 
 def test_a_reference_answer_takes_a_prompts_own_offset_out_of_the_uncertainty(ensemble, tmp_path):
-    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    config = experiment()
-    config.stages.base = stage("sft", init="scratch", tokenizer="x", data="x")
-    config.stages.scorer = stage("reward", init="base", data="x", members=MEMBERS, lora=FEW)
     adjustment = dict(kind="std", k=1.0, against="completion")
-    config.stages.ppo = stage("ppo", init="base", reward="scorer", data="x", reward_adjustment=adjustment)
-    validate(config)
-    context = Context("ppo", config, tmp_path, "identity")
-    role = ensemble[1]
-    context.load = lambda reference, mesh: role
-    judge = Judge(context, TOKENIZER, mesh, parts=2, stop_strings=False)
-    rollout, texts = make_rollout(mesh), ["yes", "no 3", "no 4", "yes yes"]
+    judge = make_judge(ensemble[1], tmp_path, reward="scorer", reward_adjustment=adjustment)
+    role, rollout, texts = ensemble[1], make_rollout(), ["yes", "no 3", "no 4", "yes yes"]
     records = [{"prompt": "", "completion": text} for text in texts]
     total, columns = judge.finish([judge.begin(rollout, records)])
 
