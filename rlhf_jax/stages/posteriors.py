@@ -52,8 +52,8 @@ def load_posterior(workdir: Path, stage: str, role: Role) -> Posterior:
     for part, seen in fingerprints(role).items():
         if seen != info["fingerprints"].get(part):
             raise UserError(
-                f"{path}: a posterior over adapters of another {part} ({info['fingerprints'].get(part)} against "
-                f"{seen}): delete the folder of stage {stage} and run again"
+                f"{path}: the posterior is of another model, whose {part} is another ({info['fingerprints'].get(part)} "
+                f"against {seen}): delete the folder of stage {stage} and run again"
             )
     sharding = jax.tree.leaves(role.weights)[0].sharding
     here = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

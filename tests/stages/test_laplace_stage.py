@@ -127,7 +127,7 @@ def test_a_saved_posterior_is_read_for_its_own_role_alone(finished):
     np.testing.assert_allclose(mean, last_scores(role.spec, role.weights, tokens, lengths), rtol=1e-5)
     assert float(variance[0]) > 0
     moved = {**role.weights, "head": jax.tree.map(lambda x: 2 * x, role.weights["head"])}
-    with pytest.raises(UserError, match="adapters of another head"):
+    with pytest.raises(UserError, match="whose head is another"):
         load_posterior(context.workdir, "laplace", dataclasses.replace(role, weights=moved))
 
 
