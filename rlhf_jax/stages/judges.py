@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import all_sources, is_folder, is_function, score_sources
+from rlhf_jax.config import all_sources, is_folder, is_function, knows_uncertainty, score_sources
 from rlhf_jax.data.examples import answer_ids
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ class Judge:
                 self.posteriors[name] = scorer.posterior
             self.foreign[name] = role.tokenizer.identity != tokenizer.identity
             if self.foreign[name]:
-                if reference_of(context, field):
+                if reference_of(context, field) and knows_uncertainty(stages, source):
                     raise UserError(
                         f"stages.{context.name}: {source} has a tokenizer of its own, and its uncertainty against a "
                         "reference answer is not read: leave `against` out"
