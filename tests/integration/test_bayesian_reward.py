@@ -91,12 +91,6 @@ def test_the_laboratory_shows_every_method_and_the_policy_on_one_scale(whole):
     assert "both_medium_noisy_1" in page and "best_medium_noisy" in page
 
 
-def test_the_same_command_again_makes_nothing_anew(config, whole):
-    before = (whole / BOTH / "result.json").stat().st_mtime_ns
-    done = run_main(config, whole)
-    assert done.status == 0 and (whole / BOTH / "result.json").stat().st_mtime_ns == before
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # six minutes on 2 cores
 def test_the_small_world_shows_over_optimization_and_what_is_done_against_it(tmp_path):

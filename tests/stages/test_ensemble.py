@@ -71,12 +71,16 @@ def trained(folder, mesh=None, kind="reward", **fields):
 
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("ensemble") / "work", members=MEMBERS)
+    folder = tmp_path_factory.mktemp("ensemble")
+    held_out = pairs(folder / "held.jsonl", 6)
+    return trained(folder / "work", members=MEMBERS, evaluation=dict(data=held_out, every=8))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("alone") / "work")
+    folder = tmp_path_factory.mktemp("alone")
+    held_out = pairs(folder / "held.jsonl", 6)
+    return trained(folder / "work", evaluation=dict(data=held_out, every=8))
 
 
 def close(left, right, rtol=2e-4, atol=2e-5):
@@ -108,8 +112,9 @@ def test_scores_of_all_members_are_those_of_each(ensemble):
     spec, weights = ensemble[1].spec, ensemble[1].weights
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 200, (4, 20)), jnp.int32)
     lengths = jnp.asarray([20, 7, 1, 12])
-    each = [last_scores(*member(spec, weights, i), tokens, lengths) for i in range(MEMBERS)]
-    np.testing.assert_allclose(member_scores(spec, weights, tokens, lengths), np.stack(each), rtol=1e-4, atol=1e-5)
+    one, scores = (jax.jit(function, static_argnums=0) for function in (last_scores, member_scores))
+    each = [one(*member(spec, weights, i), tokens, lengths) for i in range(MEMBERS)]
+    np.testing.assert_allclose(scores(spec, weights, tokens, lengths), np.stack(each), rtol=1e-4, atol=1e-5)
 
 
 def test_what_goes_on_from_an_ensemble_goes_on_from_its_first_member(ensemble):
@@ -120,13 +125,14 @@ def test_what_goes_on_from_an_ensemble_goes_on_from_its_first_member(ensemble):
 
 
 def test_an_ensemble_is_the_same_on_two_devices(ensemble, tmp_path):
-    _, role = trained(tmp_path / "work", make_mesh(2, 1, 1, jax.devices()[:2]), members=MEMBERS)
+    held_out = pairs(tmp_path / "held.jsonl", 6)
+    mesh = make_mesh(2, 1, 1, jax.devices()[:2])
+    _, role = trained(tmp_path / "work", mesh, members=MEMBERS, evaluation=dict(data=held_out, every=8))
     close(role.weights["head"], ensemble[1].weights["head"], 2e-3, 2e-4)
 
 
-def test_held_out_accuracy_of_the_mean_is_beside_the_members(tmp_path):
-    held_out = pairs(tmp_path / "held.jsonl", 6)
-    figures, _ = trained(tmp_path / "work", members=2, evaluation=dict(data=held_out, every=4))
+def test_held_out_accuracy_of_the_mean_is_beside_the_members(ensemble):
+    figures, _ = ensemble
     assert 0 <= figures["accuracy_of_their_mean"] <= 1 and 0 <= figures["accuracy"] <= 1
 
 
