@@ -140,8 +140,8 @@ def compared(stages, size, noise, seeds, small=False):
     pools = dict(records=16 if small else 64, pool=128 if small else 512, batch_size=128)
     stages[f"best_{size}_{noise}"] = stage("overoptimization", policies=policies, **pools, **ranked)
     if (size, noise) == ("medium", "noisy") and not small:
-        absolute = {**ranked, "against": ""}
-        stages[f"absolute_{size}_{noise}"] = stage("overoptimization", **pools, **absolute)
+        for name, changed in (("absolute", {"against": ""}), ("true", {"gold": TRUE})):
+            stages[f"{name}_{size}_{noise}"] = stage("overoptimization", **pools, **{**ranked, **changed})
 
 
 def policy(source, data, adjustment, chosen, iterations):
