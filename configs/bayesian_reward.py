@@ -5,8 +5,28 @@
 A small world in which what an answer is worth is known exactly (`data.safety_task`, with words that are the rarer the
 later they stand). A gold model learns it from many pairs; smaller proxies of two sizes learn from pairs that gold has
 labelled, exactly or with 25 % of the labels turned round. Each is a MAP model, a Laplace posterior over its adapters,
-an ensemble of five, and a posterior of each of these five. Best of n by each, plain and with its uncertainty taken off,
-is scored by gold; PPO against some of them too. Three seeds each.
+an ensemble of five, and a posterior of each of these five. Best of 512 by each, plain and with its uncertainty against
+a reference answer taken off, is scored by gold; PPO against the larger ones too. Three seeds each.
+
+Measured on 2 CPU cores, smaller proxies, gold of the best of 512 in standard deviations of the policy's answers: noisy
+MAP 0.59 [0.10, 1.08], which had 0.99 at n = 64; Laplace 1.39 [0.99, 1.79]; worst of the ensemble 1.44 [1.25, 1.64];
+Laplace of its members 1.72 [1.52, 1.92]; clean all between 1.95 and 2.13. The larger proxies' part was not run to its
+end: 72 of 103 stages took about 50 minutes.
+
+    python -m rlhf_jax.main --config=configs/bayesian_reward.py:small --workdir=runs/bayesian_small
+
+One size, noisy labels, one seed: 5 minutes.
+
+    python -m rlhf_jax.main --config=configs/bayesian_reward.py:FOLDER --workdir=runs/bayesian_pairs
+
+Real pairs, FOLDER/hh-rlhf/helpful-base.jsonl.gz and harmless-base.jsonl.gz {chosen, rejected}: calibration of proxies
+trained on helpful dialogues, held out there and on harmless ones. Not yet run.
+
+    python -m rlhf_jax.main --config=configs/bayesian_reward.py:paper=POLICY,PROXY,GOLD,DATA --workdir=runs/paper
+
+The paper's sizes on Coste et al.'s set-up (arXiv 2310.02743): checkpoint folders of a 1.4B policy, a 70M or 1.4B proxy
+and a 7B gold reward model; DATA holds sft.jsonl, train_prompts.jsonl and heldout_prompts.jsonl. It needs an accelerator
+and was not run here.
 """
 
 from pathlib import Path
