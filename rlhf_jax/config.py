@@ -572,8 +572,12 @@ def score_sources(config: ConfigDict, field: str = "reward") -> list[str]:
 
 def all_sources(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """(field, source) of all that a stage scores answers by."""
-    fields = (*SCORERS, *(f"proxies.{name}" for name in config.get("proxies", ())))
-    yield from ((field, source) for field in fields for source in score_sources(config, field))
+    yield from ((field, source) for field in scoring_fields(config) for source in score_sources(config, field))
+
+
+def scoring_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of a stage that may name what scores answers, as `score_sources` takes them."""
+    return (*SCORERS, *(f"proxies.{name}" for name in config.get("proxies", ())))
 
 
 def is_private(config: ConfigDict) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rlhf_jax.config import NOT_SEMANTIC, SCORERS, is_folder, is_function, is_private, score_sources, upstream
+from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, is_private, score_sources, scoring_fields, upstream
 from rlhf_jax.distributed import barrier, is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.rollout.functions import function_identity
@@ -86,7 +86,7 @@ def semantic_fields(config: ConfigDict, name: str) -> dict[str, Any]:
     if "subjects" in fields:
         fields["subjects"] = list(map(content, fields["subjects"]))
     fields |= {field: content(fields[field]) for field in ("similarity", "refusals") if fields.get(field)}
-    for field in (*SCORERS, *(f"proxies.{name}" for name in fields.get("proxies", ()))):
+    for field in scoring_fields(fields):
         *groups, last = field.split(".")
         holder = fields.get(groups[0], {}) if groups else fields
         if holder.get(last):

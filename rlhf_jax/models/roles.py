@@ -5,6 +5,7 @@ same base share its arrays. With adapters the base is frozen; without them it tr
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -69,6 +70,16 @@ def member_parts(weights: Weights) -> tuple[Weights, Weights]:
     """(what each member of an ensemble has of its own, with the leading axis; what they share)."""
     own = {name: part for name, part in weights.items() if name != "base"}
     return own, {name: part for name, part in weights.items() if name == "base"}
+
+
+def over_members(function: Callable[..., Any], spec: RoleSpec, weights: Weights, *others: Any) -> Any:
+    """`function(spec, weights, *others)` of every member of an ensemble in one pass, members in front of what it gives.
+
+    `others` have a leading axis of members too.
+    """
+    own, shared = member_parts(weights)
+    one = dataclasses.replace(spec, members=1)
+    return jax.vmap(lambda mine, *rest: function(one, {**shared, **mine}, *rest))(own, *others)
 
 
 def member(spec: RoleSpec, weights: Weights, number: int) -> tuple[RoleSpec, Weights]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import heads
-from rlhf_jax.models.roles import RoleSpec, Weights, hidden_states, member, member_parts
+from rlhf_jax.models.roles import RoleSpec, Weights, hidden_states, over_members
 from rlhf_jax.models.transformer import output_kernel
 from rlhf_jax.objectives.language_model import token_logprobs
 
@@ -188,9 +188,7 @@ def member_scores(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Arra
     """`last_scores` of every member of an ensemble, in one pass over the base: (members, B), (1, B) of a role alone."""
     if spec.members == 1:
         return last_scores(spec, weights, tokens, lengths)[None]
-    one, _ = member(spec, weights, 0)
-    own, shared = member_parts(weights)
-    return jax.vmap(lambda mine: last_scores(one, {**shared, **mine}, tokens, lengths))(own)
+    return over_members(lambda one, mine: last_scores(one, mine, tokens, lengths), spec, weights)
 
 
 def with_end_token(tokens: Array, lengths: Array, ended: Array, stop_ids: tuple[int, ...]) -> tuple[Array, Array]:
@@ -225,6 +223,5 @@ def answer_rows(
 def answer_scores(
     spec: RoleSpec, weights: Weights, prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array
 ) -> Array:
-    """The reward head's score at each row's last real token (`answer_rows`): (B,) float32, an ensemble's mean."""
-    rows = answer_rows(spec, prompts, prompt_lengths, answers, lengths)
-    return jnp.mean(member_scores(spec, weights, *rows), axis=0)
+    """The reward head's score at each row's last real token (`answer_rows`): (B,) float32."""
+    return last_scores(spec, weights, *answer_rows(spec, prompts, prompt_lengths, answers, lengths))

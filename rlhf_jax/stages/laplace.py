@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rlhf_jax.config import is_private
 from rlhf_jax.data.order import in_batches
 from rlhf_jax.distributed.processes import is_main_process
 from rlhf_jax.errors import UserError
@@ -69,11 +68,6 @@ def check(context: Context) -> None:
     """What can be refused before anything runs."""
     config = context.config
     subject = context.experiment.stages[config.subject]
-    if is_private(subject):
-        raise UserError(
-            f'stages.{context.name}.subject is "{config.subject}", a private stage: a posterior reads its training '
-            "data, outside what it claims"
-        )
     context.check_rows("batch_size", config.batch_size)
     for field in ("data", "shifted"):
         data, names = config.evaluation[field], context.data_names(f"evaluation.{field}")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import is_folder, knows_uncertainty
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.roles import RoleSpec, Weights, member, member_parts
+from rlhf_jax.models.roles import RoleSpec, Weights, over_members
 from rlhf_jax.objectives.adjustment import Moments, mixture
 from rlhf_jax.rollout.scoring import member_scores
 from rlhf_jax.stages.context import Context
@@ -85,13 +85,11 @@ def moments(spec: RoleSpec, weights: Weights, posterior: Any, tokens: Array, len
     posterior_moments = score_moments if tokens.ndim == 2 else relative_moments
     if spec.members == 1:
         return Moments(*posterior_moments(spec, weights, posterior, tokens, lengths))
-    one, _ = member(spec, weights, 0)
-    own, shared = member_parts(weights)
 
-    def of_member(mine: Weights, mine_posterior: Any) -> tuple[Array, Array]:
-        return posterior_moments(one, {**shared, **mine}, mine_posterior, tokens, lengths)
+    def of_member(one: RoleSpec, mine: Weights, own_posterior: Any) -> tuple[Array, Array]:
+        return posterior_moments(one, mine, own_posterior, tokens, lengths)
 
-    means, variances = jax.vmap(of_member)(own, posterior)
+    means, variances = over_members(of_member, spec, weights, posterior)
     offsets = None if tokens.ndim == 2 else member_scores(spec, weights, tokens[:, 1], lengths[:, 1])
     return mixture(means, variances, offsets)
 

@@ -73,16 +73,18 @@ def validate(config: ConfigDict) -> list[str]:
             raise UserError(f'stage name "{name}" is no identifier: use letters, digits and underscores')
         checked = stage(fields.kind)
         merge(checked, {k: v for k, v in fields.items() if k != "kind"}, f"stages.{name}")
+    for name, fields in config.stages.items():
+        for field, value in fields.items():
+            if isinstance(value, str) and value == REQUIRED:
+                raise UserError(f"stages.{name}.{field} is not set: a {fields.kind} stage needs it")
+        check_references(config.stages, name)
+    for name in config.stages:  # names are known to fit: a check may read a stage that another names
         _check_stage(config.stages, name)
     return stage_order(config.stages)
 
 
 def _check_stage(stages: ConfigDict, name: str) -> None:
     config, where = stages[name], f"stages.{name}"
-    for field, value in config.items():
-        if isinstance(value, str) and value == REQUIRED:
-            raise UserError(f"{where}.{field} is not set: a {config.kind} stage needs it")
-    check_references(stages, name)
     positive(config, where, ("batch_size", "accumulation", "epochs", "iterations", "minibatches", "max_new_tokens"))
     positive(config, where, ("temperature", "sequence_length", "rollout_batch_size", "calibration_prompts"))
     positive(config, where, ("vocab_size", "max_bytes", "samples", "beta"))

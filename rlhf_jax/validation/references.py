@@ -24,11 +24,13 @@ TRAINED = ("sft", "ppo", "preference", "reward", "cost")  # kinds that leave a m
 POLICIES = ("sft", "ppo", "preference")
 MODELS = ("init", "policy", "reference", "subject")  # fields that name a model to go on with
 SCORING = ("reward", "cost", "laplace")  # kinds that score answers
-WANTED = {  # field -> kinds it may name
+WANTED = {  # field, or kind and field -> kinds it may name
     "reward": SCORING,
     "judge": SCORING,
     "gold": SCORING,
     "proxies": SCORING,
+    "laplace.subject": ("reward", "cost"),
+    "memorization.reward": ("reward", "cost"),
     "cost": SCORING,
     "constraint.cost": SCORING,
     "policy": POLICIES,
@@ -49,7 +51,8 @@ def check_references(stages: ConfigDict, name: str) -> None:
             hint = nearest(value, [n for n in stages if n != name])
             folder = f" and no checkpoint folder ({Path(value).expanduser()})" if folder_fits else ""
             raise UserError(f'{where}.{field} is "{value}", which is no stage{folder}: {hint}')
-        wanted = WANTED.get(field.split(".")[0] if field.startswith("proxies.") else field, TRAINED)
+        names = (f"{config.kind}.{field}", field, field.split(".")[0])
+        wanted = next((WANTED[name] for name in names if name in WANTED), TRAINED)
         if stages[value].kind not in wanted:
             raise UserError(
                 f'{where}.{field} is "{value}", a {stages[value].kind} stage: it must be one of {", ".join(wanted)}'

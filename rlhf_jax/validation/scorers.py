@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from rlhf_jax.config import is_private
 from rlhf_jax.errors import UserError
 from rlhf_jax.validation.fields import choice, not_negative, positive
 
@@ -20,7 +21,7 @@ def check_members(config: ConfigDict, where: str) -> None:
             f"{where}.members is {config.members}, which share one frozen base: set lora.rank, as each has adapters "
             "and a head of its own"
         )
-    if config.members > 1 and config.privacy.epsilon:
+    if config.members > 1 and is_private(config):
         raise UserError(f"{where}.members is {config.members} with privacy.epsilon: a private stage trains one model")
 
 
@@ -34,11 +35,9 @@ def check_cost(stages: ConfigDict, config: ConfigDict, where: str) -> None:
 
 def check_laplace(stages: ConfigDict, config: ConfigDict, where: str) -> None:
     subject, named = stages[config.subject], f'{where}.subject is "{config.subject}"'
-    if subject.kind not in ("reward", "cost"):
-        raise UserError(f"{named}, a {subject.kind} stage: it must be one of reward, cost")
     if subject.get("schema") == "label":
         raise UserError(f"{named}, a classifier of texts: a posterior is fitted to pairs, or to answers' safety labels")
-    if subject.privacy.epsilon:
+    if is_private(subject):
         raise UserError(f"{named}, a private stage: a posterior reads its training data, outside what it claims")
     choice(config, where, "scope", ("all", "head"))
     if config.scope == "all" and not subject.lora.rank:

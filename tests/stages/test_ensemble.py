@@ -276,6 +276,13 @@ def test_what_no_ensemble_can_be_is_refused_in_one_line(made, words):
     assert words in message and "\n" not in message
 
 
+@pytest.mark.parametrize("subject", ["nowhere", "base"])
+def test_a_posterior_of_no_scorer_is_refused_wherever_it_is_named_first(subject):
+    adjustment = dict(kind="worst")
+    policy = stage("ppo", init="base", reward="late,many", data="x", reward_adjustment=adjustment)
+    assert f'stages.late.subject is "{subject}"' in refused(policy=policy, late=stage("laplace", subject=subject))
+
+
 def test_a_pessimistic_cost_needs_a_cost_that_knows_its_uncertainty():
     costs = {"cost": stage("cost", init="base", data="x", lora=FEW)}
     constraint = dict(cost="cost", adjustment=dict(kind="std", k=1.0))

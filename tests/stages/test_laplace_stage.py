@@ -23,6 +23,7 @@ from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.posteriors import load_posterior
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.uncertainty import score_moments
+from rlhf_jax.validation import validate
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "data" / "fixtures" / "qwen")
 CONFIG = TransformerConfig(
@@ -170,8 +171,8 @@ def test_what_has_no_trained_adapters_is_refused(finished):
         laplace.check_trained("cost", whole, "all")
 
 
-def test_a_private_subject_is_refused(config, workdir):
+def test_a_private_subject_is_refused(config):
     changed = config.copy_and_resolve_references()
-    changed.stages.cost.privacy.epsilon = 4.0
+    changed.stages.cost.privacy.update(epsilon=4.0, delta=1e-3)
     with pytest.raises(UserError, match="outside what it claims"):
-        laplace.check(context_of("laplace", changed, workdir))
+        validate(changed)
