@@ -18,6 +18,13 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "File that defines get_config(), as FILE or FILE:ARGUMENT.")
 flags.DEFINE_string("workdir", None, "Where everything is written; the same command goes on where it stopped.")
 flags.DEFINE_bool("dry_run", False, "Print the plan and exit.")
+flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster's environment names it.")
+flags.DEFINE_integer(
+    "processes", 0, "How many processes there are; 1: this one is alone, whatever surrounds it."
+)
+flags.DEFINE_integer("process_id", -1, "This process's number, from 0 on.")
+flags.DEFINE_float("silent_seconds", 30.0, "A process that gives no sign of life for so long is gone: all end.")
+flags.DEFINE_float("hang_seconds", 1800.0, "If no process has moved on for so long, all end.")
 
 
 def _unknown_override(argv: list[str]) -> str | None:
@@ -68,22 +75,26 @@ def main(argv: list[str]) -> int:
     # A resumed run, and stages of one shape, reuse compiled programs.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    from rlhf_jax import distributed, pipeline  # import JAX only once flags and environment are settled
-    from rlhf_jax.training.loop import Stopped, catch_signals
+    from rlhf_jax import pipeline  # import JAX only once flags and environment are settled
+    from rlhf_jax.distributed import heartbeat, processes, stopping
+    from rlhf_jax.training.loop import Stopped
 
-    distributed.initialize()
-    catch_signals()
     try:
+        patience = heartbeat.Patience(FLAGS.silent_seconds, FLAGS.hang_seconds)
+        processes.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, patience)
+        stopping.catch_signals()  # after JAX, which catches some itself
+        stopping.watch_machine(processes.cluster(dict(os.environ)))
         if FLAGS.dry_run:
             print(pipeline.plan(FLAGS.config, workdir))
         else:
             pipeline.run(FLAGS.config, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        processes.finish()
     except Stopped as stopped:
         print(f"{stopped}: run the same command to go on", file=sys.stderr)
+        processes.finish()
         return 75
+    except Exception as error:
+        return processes.fail(error)
     return 0
 
 

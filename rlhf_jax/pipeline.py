@@ -3,14 +3,16 @@
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from rlhf_jax import __version__
 from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, is_private, score_sources, scoring_fields, upstream
-from rlhf_jax.distributed import barrier, is_main_process
+from rlhf_jax.distributed import alone, barrier, is_main_process, same_everywhere
 from rlhf_jax.errors import UserError
 from rlhf_jax.rollout.functions import function_identity
 from rlhf_jax.stages import (
@@ -219,10 +221,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     order = checked_order(config)
     names = identities(config, order)
+    versions = [__version__, jax.__version__]
+    same_everywhere("the config (or a file, flag or version)", json.dumps([config.to_dict(), names, versions]))
     _refuse_changes(workdir, config, names)
     contexts = {name: Context(name, config, workdir, names[name]) for name in order}
     ledger = Ledger(workdir, config, contexts)
     waiting = [name for name in order if not (workdir / name / "result.json").exists()]
+    same_everywhere("what is finished in --workdir, which all have to see,", json.dumps(waiting))
     _check(contexts, waiting, ledger)
     if is_main_process():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -246,7 +251,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     from rlhf_jax.reporting import write_report  # slow to import
 
     if is_main_process():
-        _say(f"report: {write_report(workdir)}")
+        with alone("report"):
+            _say(f"report: {write_report(workdir)}")
     barrier("run finished")
 
 
@@ -276,11 +282,13 @@ def _run_stage(context: Context) -> None:
 
     barrier(f"begin {context.name}")
     note(before)
-    if config.kind in HOST_ONLY and not is_main_process():
+    host_only = config.kind in HOST_ONLY
+    if host_only and not is_main_process():
         barrier(f"end {context.name}")
         return
     try:
-        result = KINDS[config.kind].run(context)
+        with alone(f"stage {context.name}") if host_only else nullcontext():
+            result = KINDS[config.kind].run(context)
     except Stopped:
         note(before + time.monotonic() - start)
         raise

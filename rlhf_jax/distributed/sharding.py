@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
@@ -32,8 +33,10 @@ ROLLOUT: Table = {**TRAINING, "embed": None}
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over all devices; `data` = -1 takes what the other two leave.
 
+    On TPU the axes follow the network: `fsdp` and `tensor` stay inside a slice, `data` goes over the slices first.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or `data` does not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [data, fsdp, tensor]
@@ -44,7 +47,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
             f"mesh (data {data}, fsdp {fsdp}, tensor {tensor}) does not fill {len(devices)} devices: "
             f"their product must be {len(devices)}"
         )
-    return Mesh(np.asarray(devices).reshape(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_placed(devices, shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _placed(devices: Any, shape: list[int]) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours in it near each other."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *inner = shape
+    if data % slices:
+        raise UserError(
+            f"mesh axis data {data} does not divide over {slices} slices, and fsdp and tensor stay inside of one: make "
+            f"data a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any, table: Table) -> PartitionSpec:

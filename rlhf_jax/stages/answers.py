@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from rlhf_jax.config import is_folder
 from rlhf_jax.data.schemas import Text
-from rlhf_jax.distributed.processes import barrier, is_main_process
+from rlhf_jax.distributed.processes import barrier, is_main_process, mark
 from rlhf_jax.distributed.sharding import fetch
+from rlhf_jax.distributed.stopping import stop_requested
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import mean_interval
 from rlhf_jax.models.roles import merged_base
@@ -28,7 +29,7 @@ from rlhf_jax.stages.plan import tokenizer_of
 from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
 from rlhf_jax.training.artifacts import Role, is_reward_checkpoint
 from rlhf_jax.training.experience import end_penalized
-from rlhf_jax.training.loop import Stopped, stop_requested
+from rlhf_jax.training.loop import Stopped
 
 Row = dict[str, Any]
 Scorers = Mapping[str, tuple[str, Judge]]  # name in a row -> the config field that names the sources, and their judge
@@ -104,6 +105,7 @@ def answer_all(
             records = [prompts.records[i] for i in full for _ in range(samples)]
             pending = {name: judge.begin(rollout, records) for name, (_, judge) in scorers.items()}
             started.append((batch, rollout, pending))
+            mark(f"{label}, prompt {batch[0]}")
             if len(started) > 1:
                 finish()
                 bar.update()

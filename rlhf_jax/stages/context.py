@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.config import SCORERS, all_sources, is_folder, references
 from rlhf_jax.data.sources import RecordStream, stream_records
 from rlhf_jax.data.tokenizer import check_vocabulary
-from rlhf_jax.distributed.processes import barrier, is_main_process
+from rlhf_jax.distributed.processes import alone, barrier, is_main_process
 from rlhf_jax.distributed.sharding import make_mesh
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.lora import LoraConfig
@@ -162,5 +162,6 @@ class Context:
     def once(self, folder: Path, make: Any) -> None:
         """Runs `make()` in process 0 unless `folder` exists; the others wait."""
         if is_main_process() and not folder.exists():
-            make()
+            with alone(f"makes {folder}"):
+                make()
         barrier(f"made {folder}")

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from rlhf_jax.config import all_sources, is_function, score_sources, scoring_model
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.schemas import Record
-from rlhf_jax.distributed.processes import barrier, is_main_process
+from rlhf_jax.distributed.processes import barrier, is_main_process, mark
 from rlhf_jax.distributed.sharding import fetch
+from rlhf_jax.distributed.stopping import stop_requested
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.overoptimization import laboratory, policy_curve, same_scores, standardized
 from rlhf_jax.models.roles import merged_base
@@ -37,7 +38,7 @@ from rlhf_jax.stages.prompts import Prompts, make_sampler
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.checkpoints import write_json
 from rlhf_jax.training.experience import end_penalized
-from rlhf_jax.training.loop import Stopped, stop_requested
+from rlhf_jax.training.loop import Stopped
 
 DECODING = ("max_new_tokens", "temperature", "top_k", "top_p", "stop_strings")  # the same in `policies`
 SHOWN = 3  # prompts whose answers are kept as texts
@@ -180,6 +181,7 @@ def _pools(context: Context, role: Role, prompts: Prompts, mesh: Mesh) -> list[P
             records = [prompts.records[i]] * len(draws)
             pending = {field: judge.begin(rollout, records) for field, judge in judges.items()}
             started.append((i, rollout, pending))
+            mark(f"{context.name}, prompt {i}")
             if len(started) > 1:
                 finish()
             if stop_requested():

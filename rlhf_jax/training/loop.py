@@ -1,7 +1,6 @@
 """The loop every trainable stage runs: advance, log, evaluate, save; and stop on a signal without losing work."""
 
 import dataclasses
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,37 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from rlhf_jax.distributed import mark, stops_after
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.metrics import MetricsLog, Progress
 
 Tree = Any
 IN_FLIGHT = 2  # iterations that the device may be behind the host: it never waits, and a signal never waits long
-_stop = {"signal": 0}
 
 
 class Stopped(Exception):
     """A signal came and the state is saved: exit with status 75, to be run again."""
-
-
-def catch_signals() -> None:
-    """From here on SIGTERM and SIGINT ask the loop to save and stop; a second one ends the process at once."""
-
-    def ask(number: int, _frame: Any) -> None:
-        _stop["signal"] = number
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-
-
-def stop_requested() -> bool:
-    """True once a signal came, in this process or (asked of all together) in any other."""
-    if jax.process_count() == 1:
-        return bool(_stop["signal"])
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(_stop["signal"]))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +98,7 @@ def run_loop(
     log = MetricsLog(folder, done * schedule.steps_each if done else -1, tensorboard)
     progress = Progress(name, schedule.iterations, done, memory.get("seconds", 0.0))
     evaluations: dict[str, Any] = memory.get("evaluations", {})
-    mark, marked = time.monotonic(), done
+    lap, lap_start = time.monotonic(), done
     in_flight: deque[Any] = deque()  # metrics of iterations that the device may still be at
 
     def note_evaluation(iteration: int, params: Tree) -> dict[str, Any]:
@@ -153,6 +133,7 @@ def run_loop(
             log.write(0, note_evaluation(0, state.params))
         for iteration in range(done + 1, total + 1):
             state, metrics = advance_or_save(iteration)
+            mark(f"{name}, iteration {iteration}")
             in_flight.append(metrics)
             if len(in_flight) > IN_FLIGHT:  # further ahead, a signal would wait long for all that is asked for
                 jax.block_until_ready(in_flight.popleft())
@@ -167,18 +148,18 @@ def run_loop(
                         f"{name}: {bad[0]} is not finite at step {iteration * schedule.steps_each}: lower "
                         "optimizer.learning_rate, or look at the data of the last batches"
                     )
-                seconds = (time.monotonic() - mark) / (iteration - marked)
-                mark, marked = time.monotonic(), iteration
+                seconds = (time.monotonic() - lap) / (iteration - lap_start)
+                lap, lap_start = time.monotonic(), iteration
                 row["optimizer/learning_rate"] = float(learning_rate(iteration * schedule.steps_each - 1))
                 row["perf/tokens_per_second"] = tokens_each / seconds
                 row["perf/mfu"] = flops_each / seconds / peak_flops
             if evaluate is not None and (last or iteration % schedule.evaluate_every == 0):
                 row |= note_evaluation(iteration, state.params)
-                mark, marked = time.monotonic(), iteration
+                lap, lap_start = time.monotonic(), iteration
             if row:
                 log.write(iteration * schedule.steps_each, row)
             progress.update({k: row[k] for k in shown if k in row})
-            asked = stop_requested() if jax.process_count() == 1 or row else False
+            asked = stops_after(name, iteration, IN_FLIGHT)
             if last or asked or iteration % schedule.save_every == 0:
                 save(iteration)
             if asked and not last:
