@@ -68,7 +68,11 @@ OPTIMIZER = dict(
     weight_decay=0.1,  # never on norms, biases and scalars
     clip_norm=1.0,  # global gradient norm; 0 switches clipping off
 )
-CHECKPOINT = dict(every=100, keep=2)  # optimizer steps (iterations for ppo)
+CHECKPOINT = dict(  # optimizer steps (iterations for ppo)
+    every=100,
+    keep=2,  # the newest ones that stay
+    keep_every=0,  # a multiple of `every`: those of its multiples stay for ever; 0: none
+)
 EVALUATION = dict(
     data="",  # records like the training data; "" evaluates nothing
     every=100,  # optimizer steps (iterations for ppo)
@@ -137,6 +141,7 @@ ANSWERS: dict[str, Any] = dict(  # of stages that decode and score
     top_k=0,
     top_p=1.0,
     stop_strings=(),
+    decode_rows=0,  # answers decoded at once: one that has ended makes room for the next; 0: all of a batch
     missing_end="set",  # as ppo's
     missing_end_penalty=-1.0,
 )
@@ -283,6 +288,7 @@ STAGES: dict[str, dict[str, Any]] = {
         top_k=0,
         top_p=1.0,
         stop_strings=(),  # an answer also ends where it spells one of these
+        decode_rows=0,  # answers decoded at once: one that has ended makes room for the next; 0: all of a rollout part
         # scores, in this order: normalized, clipped, then what a missing end costs
         reward_normalization="",  # "" | "start" (by the first rollout's scores) | "running" (by all scores so far)
         reward_clip=0.0,  # largest |score|; 0 clips nothing
@@ -467,7 +473,7 @@ PRODUCED = {  # kind -> files it leaves for others
 }
 SCORERS = ("reward", "constraint.cost", "cost", "judge", "gold")  # fields that score answers
 # Changing these never changes what a finished stage holds, up to rounding.
-NOT_SEMANTIC = ("mesh", "checkpoint")
+NOT_SEMANTIC = ("mesh", "checkpoint", "decode_rows")
 SHOWN_NAMES = 24  # in a message that lists what is valid
 
 

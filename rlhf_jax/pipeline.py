@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict
 
 from rlhf_jax import __version__
 from rlhf_jax.config import NOT_SEMANTIC, is_folder, is_function, is_private, score_sources, scoring_fields, upstream
-from rlhf_jax.distributed import alone, barrier, is_main_process, same_everywhere
+from rlhf_jax.distributed import alone, barrier, is_main_process, one_folder, remote, same_everywhere
+from rlhf_jax.distributed.topology import topology_devices
 from rlhf_jax.errors import UserError
 from rlhf_jax.rollout.functions import function_identity
 from rlhf_jax.stages import (
@@ -33,8 +35,10 @@ from rlhf_jax.stages import (
     sft,
     split,
     tokenizer,
+    topology_plan,
 )
 from rlhf_jax.stages import plan as plans
+from rlhf_jax.stages.abstract import Abstract
 from rlhf_jax.stages.context import MODEL_FIELDS, Context
 from rlhf_jax.stages.ledger import Ledger
 from rlhf_jax.stages.provenance import check_privacy, describe_claim
@@ -191,7 +195,7 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     for number, name in enumerate(order, 1):
         fields = config.stages[name]
         done = (workdir / name / "result.json").exists()
-        begun = (workdir / name / "checkpoints").exists()
+        begun = remote(workdir / name / "checkpoints").exists()
         lines.append(
             f"[{number}/{len(order)}] {name} ({fields.kind}): "
             + ("finished" if done else "resumes" if begun else "to run")
@@ -212,6 +216,23 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     return "\n".join(lines)
 
 
+def plan_topology(config: ConfigDict, workdir: Path, topology: str) -> Iterator[str]:
+    """What each stage's own programs are on a TPU slice that is not here; neither data nor weights are read."""
+    order = checked_order(config)
+    devices = topology_devices(topology)
+    contexts = {name: Context(name, config, workdir, "", devices=devices) for name in order}
+    yield f"{topology}: {len(devices)} {devices[0].device_kind} chips"
+    abstract: dict[Any, Abstract] = {}
+    for number, name in enumerate(order, 1):
+        yield f"[{number}/{len(order)}] {name} ({config.stages[name].kind})"
+        if config.stages[name].kind in HOST_ONLY:
+            continue
+        mesh = contexts[name].mesh()
+        yield "      mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        models = abstract.setdefault(mesh, Abstract(contexts, mesh))
+        yield from (f"      {line}" for line in topology_plan.describe(contexts[name], models))
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Runs every stage that is not finished, then writes `summary.json` and `report.html`.
 
@@ -223,6 +244,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     names = identities(config, order)
     versions = [__version__, jax.__version__]
     same_everywhere("the config (or a file, flag or version)", json.dumps([config.to_dict(), names, versions]))
+    one_folder(workdir)
     _refuse_changes(workdir, config, names)
     contexts = {name: Context(name, config, workdir, names[name]) for name in order}
     ledger = Ledger(workdir, config, contexts)
@@ -252,7 +274,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     if is_main_process():
         with alone("report"):
-            _say(f"report: {write_report(workdir)}")
+            _say(f"report: {remote(write_report(workdir))}")
     barrier("run finished")
 
 

@@ -52,7 +52,7 @@ def test_trainable_stages_share_the_same_groups(kind):
     assert set(built.lora.keys()) == set(LORA)
     assert set(built.optimizer.keys()) == set(OPTIMIZER)
     assert set(built.mesh.keys()) == {"data", "fsdp", "tensor"}
-    assert set(built.checkpoint.keys()) == {"every", "keep"}
+    assert set(built.checkpoint.keys()) == {"every", "keep", "keep_every"}
 
 
 def test_fields_given_replace_defaults_and_leave_the_rest_of_their_group():
@@ -239,6 +239,8 @@ def test_an_unknown_field_of_the_experiment_names_the_nearest(where, nearest):
         ("sft", {"optimizer.schedule": "step"}, ['stages.sft.optimizer.schedule is "step"']),
         ("sft", {"checkpoint.every": 0}, ["stages.sft.checkpoint.every is 0"]),
         ("sft", {"checkpoint.keep": 0}, ["stages.sft.checkpoint.keep is 0"]),
+        ("sft", {"checkpoint.keep_every": -1}, ["stages.sft.checkpoint.keep_every is -1"]),
+        ("sft", {"checkpoint.keep_every": 150}, ["stages.sft.checkpoint.keep_every is 150 and every is 100"]),
         ("sft", {"evaluation.every": 0}, ["stages.sft.evaluation.every is 0"]),
         ("sft", {"lora.rank": 2, "lora.targets": ("q", "gat")}, ["stages.sft.lora.targets", 'did you mean "gate"?']),
         ("base", {"lora.rank": 2}, ["stages.base", "lora.rank=0"]),

@@ -20,7 +20,7 @@ LAYERS = (
     ("distributed",),
     ("validation",),
     ("config",),
-    ("errors",),
+    ("errors", "xla_flags"),
 )
 HEIGHT = {part: -number for number, layer in enumerate(LAYERS) for part in layer}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

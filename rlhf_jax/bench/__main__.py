@@ -1,4 +1,4 @@
-"""`python -m rlhf_jax.bench sft|generate|ppo|sft_1b|decode_1b|dp|laplace|memorization [repeats]`: one JSON line."""
+"""`python -m rlhf_jax.bench NAME [repeats]`: one JSON line. Names are those of `WORKLOADS` and `COMPARED`."""
 
 import json
 import resource
@@ -12,10 +12,16 @@ import jax
 from rlhf_jax.bench.dp import dp
 from rlhf_jax.bench.laplace import laplace
 from rlhf_jax.bench.memorization import memorization
+from rlhf_jax.bench.refill import refill
 from rlhf_jax.bench.workloads import WORKLOADS
 
 # Two ways of one thing, in the same run.
-COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {"dp": dp, "laplace": laplace, "memorization": memorization}
+COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {
+    "dp": dp,
+    "laplace": laplace,
+    "memorization": memorization,
+    "refill": refill,
+}
 
 
 def main(argv: list[str]) -> int:

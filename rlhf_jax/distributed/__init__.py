@@ -1,6 +1,16 @@
 """Where arrays live: the mesh, the tables from logical axes to it, and the processes that share it."""
 
-from rlhf_jax.distributed.processes import alone, barrier, fail, initialize, is_main_process, mark, same_everywhere
+from rlhf_jax.distributed.processes import (
+    alone,
+    barrier,
+    disk_full,
+    fail,
+    initialize,
+    is_main_process,
+    mark,
+    one_folder,
+    same_everywhere,
+)
 from rlhf_jax.distributed.sharding import (
     ROLLOUT,
     TRAINING,
@@ -13,6 +23,7 @@ from rlhf_jax.distributed.sharding import (
     tree_shardings,
 )
 from rlhf_jax.distributed.stopping import stop_requested, stops_after
+from rlhf_jax.distributed.storage import remote
 
 __all__ = [
     "ROLLOUT",
@@ -21,13 +32,16 @@ __all__ = [
     "barrier",
     "batch_sharding",
     "constrain",
+    "disk_full",
     "fail",
     "fetch",
     "initialize",
     "is_main_process",
     "make_mesh",
     "mark",
+    "one_folder",
     "place_batch",
+    "remote",
     "replicated",
     "same_everywhere",
     "stop_requested",

@@ -185,8 +185,9 @@ class Heartbeat:
         self._verdict = verdict
         if self._closed.wait(BEAT):  # the main thread has failed by the same, and says it
             return
-        print(f"error: {verdict.message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(f"error: {verdict.message}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
         self._note_read()
         os._exit(verdict.status)
 

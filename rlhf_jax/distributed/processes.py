@@ -1,20 +1,27 @@
 """Processes that share one program: start, who writes, waiting for each other, and how all of them end."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
+import secrets
 import socket
 import sys
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rlhf_jax.distributed import storage
 from rlhf_jax.distributed.heartbeat import LOST, Heartbeat, Patience, Verdict
 from rlhf_jax.errors import UserError
+
+SETTLES = 10.0  # seconds in which what one machine writes to a shared disk is seen by the others
 
 _heartbeat: Heartbeat | None = None
 
@@ -80,9 +87,18 @@ def initialize(
 
 
 def finish() -> None:
-    """Leaves the others, when the work is done or stopped."""
+    """Leaves the others, when the work is done or stopped; what process 0 wrote is then in the bucket."""
+    if is_main_process():
+        storage.push()
     if _heartbeat is not None:
         _heartbeat.close()
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room to write: of Python, or of TensorStore, which has only words."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os_error_code='{errno.ENOSPC}'" in str(
+        error
+    )
 
 
 def fail(error: BaseException) -> int:
@@ -90,23 +106,36 @@ def fail(error: BaseException) -> int:
 
     What a lost connection raised here is the doing of another process: that one is named, as soon as it is known.
     """
+    if disk_full(error):
+        where = getattr(error, "filename", None) or "the disk"
+        error = UserError(f"no space is left to write {where}: make room, and run the same command again to go on")
     mine = f"error: {error}" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
     status = 2 if isinstance(error, UserError) else LOST
+    mirror = storage.mirror()
+    if mirror is not None and not mirror.lost and is_main_process():
+        with contextlib.suppress(UserError):
+            mirror.push()
     if _heartbeat is None:
-        print(mine, file=sys.stderr, flush=True)
+        _complain(mine)
         return status
     lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     of_another = _heartbeat.verdict() if lost else None
     if of_another is not None:
-        print(f"error: {of_another.message}", file=sys.stderr, flush=True)
+        _complain(f"error: {of_another.message}")
         status = of_another.status
     else:
-        print(mine, file=sys.stderr, flush=True)
+        _complain(mine)
         what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         first_line = next(iter(what.splitlines()), "")
         _heartbeat.fail(Verdict(f"process {jax.process_index()} ({socket.gethostname()}): {first_line}", status))
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)  # at exit JAX would wait for processes that do not come
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full: the process ends all the same
+        print(text, file=sys.stderr, flush=True)
 
 
 def mark(place: str) -> None:
@@ -126,10 +155,58 @@ def is_main_process() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of this name."""
+    """Waits until every process has come to the barrier of this name; all then see what process 0 wrote before it."""
+    mirror = storage.mirror()
+    if mirror is not None:
+        name = name.replace(str(mirror.folder), "")  # which is another one on every machine
+        with alone(f"copies for barrier: {name}"):
+            if is_main_process():
+                mirror.push()
     if jax.process_count() > 1:
         mark(f"barrier: {name}")
         multihost_utils.sync_global_devices(name)
+    if mirror is not None and not is_main_process():
+        mirror.pull()
+
+
+def begin_storage(workdir: str, folder: Path, writes: bool) -> None:
+    """Takes up a work directory: one in a bucket is mirrored in `folder` from here on, by every process.
+
+    Raises:
+      UserError: the bucket cannot be reached, read or written.
+    """
+    storage.connect(workdir, folder, writes)
+    mirror = storage.mirror()
+    if mirror is not None and is_main_process():
+        with alone("copies the work directory"):
+            mirror.begin()
+        mirror.keep_pushing()
+    barrier("work directory")
+
+
+def one_folder(workdir: Path) -> None:
+    """Raises a UserError in every process unless all of them see one and the same work directory."""
+    if jax.process_count() == 1:
+        return
+    token, written = workdir / ".one_folder", secrets.token_hex(16)
+    if is_main_process():
+        workdir.mkdir(parents=True, exist_ok=True)
+        token.write_text(written)
+    barrier("token written")
+    words = np.frombuffer(bytes.fromhex(written), np.uint8)
+    expected = np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes().hex()
+    end = time.monotonic() + SETTLES
+    while not (seen := token.exists() and token.read_text() == expected) and time.monotonic() < end:
+        time.sleep(0.1)
+    all_see = np.asarray(multihost_utils.process_allgather(np.asarray(seen)))
+    if is_main_process():
+        token.unlink()
+    blind = [str(i) for i, sees in enumerate(all_see) if not sees]
+    if blind:
+        raise UserError(
+            f"--workdir={workdir} is not one folder that all processes see (process {', '.join(blind[:8])} does not "
+            "see what process 0 writes): give a folder on a shared disk, or gs://BUCKET/FOLDER"
+        )
 
 
 def same_everywhere(what: str, content: str) -> None:

@@ -32,6 +32,7 @@ class Cache(struct.PyTreeNode):
     valid: Array  # (B, S) bool
     positions: Array  # (B, S) int32: a slot's position in its row; read for sliding windows
     index: Array  # () int32
+    past: "Cache | None" = None  # what came before, which is read and not written; its `valid` says all
 
 
 def empty_cache(config: TransformerConfig, valid: Array, positions: Array) -> Cache:
@@ -83,22 +84,27 @@ class View(NamedTuple):
     """How the newest token of each row looks at the cache in the layers of one window."""
 
     turn: rotary.Table | None
-    seen: Array  # (B, S) bool
+    seen: Array  # (B, S) bool; of a cache with a past, the past's slots and then its own
 
 
 def step_views(config: TransformerConfig, positions: Array, cache: Cache) -> dict[int, View]:
-    """The view of every window. Positions are below S.
+    """The view of every window, of the cache's past before its own slots. Positions are below S (the past's, if any).
 
     Cosines are looked up in a table of all S positions, which the compiler makes once, before the token loop. Taken of
     `positions` they would be fused into every layer, and computed there once for every query head.
     """
     slots = jnp.arange(cache.valid.shape[1])
     written = cache.valid & (slots <= cache.index)
+    held = cache.positions
+    if cache.past is not None:
+        slots = jnp.arange(cache.past.valid.shape[1])
+        written = jnp.concatenate([cache.past.valid, written], axis=1)
+        held = jnp.concatenate([cache.past.positions, held], axis=1)
     views = {}
     for window in {config.window(i) for i in range(config.layers)}:
         whole = rotary.table(config, slots[None], windowed=window > 0)
         turn = jax.tree.map(lambda x: jnp.take(x[0], positions, axis=0), whole)
-        seen = written & (positions - cache.positions < window) if window else written
+        seen = written & (positions - held < window) if window else written
         views[window] = View(turn, seen)
     return views
 
@@ -116,10 +122,19 @@ def step_attention(
         batch, _, heads, head_dim = q.shape
         grouped = (q * config.scale).reshape(batch, config.kv_heads, heads // config.kv_heads, head_dim)
         scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+        if cache.past is not None:
+            before = cache.past.keys[layer]
+            past = jnp.einsum("bkgd,bkds->bkgs", grouped, before, preferred_element_type=jnp.float32)
+            scores = jnp.concatenate([past, scores], axis=-1)
         if config.attention_softcap:
             scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
         probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, NEGATIVE), axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgs,bksd->bkgd", probs, values, preferred_element_type=jnp.float32)
+        own = probs if cache.past is None else probs[..., -values.shape[2] :]
+        out = jnp.einsum("bkgs,bksd->bkgd", own, values, preferred_element_type=jnp.float32)
+        if cache.past is not None:
+            before = cache.past.values[layer]
+            past = probs[..., : before.shape[2]]
+            out = out + jnp.einsum("bkgs,bksd->bkgd", past, before, preferred_element_type=jnp.float32)
         return out.astype(q.dtype).reshape(batch, 1, heads, head_dim)
 
     return attention

@@ -1,5 +1,6 @@
 """Sampling answers: prefill and decode in one jitted program, which stops when every row has ended."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,6 +32,19 @@ class Rollout(struct.PyTreeNode):
     logprobs: Array  # (B, N) float32, of decoding; training recomputes them by scoring
     sampling: Sampling = struct.field(pytree_node=False)
     watch: Any = None  # the decoding's `Watch` at its end, where it had one
+    dead: Any = None  # (B,) float32, one number repeated: `dead_steps` of the decoding
+
+
+def dead_steps(lengths: Array, rows: int, steps: Array | int) -> Array:
+    """The share of decoding spent on rows that had ended: 1 - sum(lengths - 1) / (rows * steps), () float32.
+
+    Args:
+      lengths: (B,) int32 of all answers; the first token of each comes of its prefill.
+      rows: rows decoded at once.
+      steps: decode steps run. Without any the share is 0.
+    """
+    taken = jnp.sum(lengths - 1) / jnp.maximum(rows * steps, 1)
+    return jnp.where(steps > 0, 1.0 - taken, 0.0).astype(jnp.float32)
 
 
 class Watch(Protocol):
@@ -72,6 +86,36 @@ def _fused(layer: dict[str, Array]) -> dict[str, Array]:
             if all(f"{part}{suffix}" in layer for part in parts):
                 layer[f"{fused}{suffix}"] = jnp.concatenate([layer.pop(f"{part}{suffix}") for part in parts], axis=-1)
     return layer
+
+
+def make_decoder(
+    config: TransformerConfig, params: dict[str, Any], adapters: dict[str, Any] | None
+) -> tuple[Any, Callable[[Array], Array]]:
+    """(the decoder on prepared weights, tokens (B, T) -> hidden states; hidden states (B, width) -> logits (B, V))."""
+    stacked = adapters is not None and jax.tree.leaves(adapters)[0].ndim == 4
+    prepared = prepare_weights(config, params, None if stacked else adapters, fuse=not stacked)
+    run = partial(
+        Transformer(config).apply,
+        {"params": params},
+        prepared=prepared,
+        adapters=adapters if stacked else None,
+        return_hidden=True,
+    )
+    return run, lambda hidden: output_logits(config, hidden, prepared["head"])
+
+
+def stop_test(sampling: Sampling, stop_table: Array | None) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """The function (tokens (B,), the automaton's states of their rows (B,)) -> (which end their rows, new states)."""
+    stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
+
+    def test(token: Array, matched: Array) -> tuple[Array, Array]:
+        stopped = jnp.any(token[:, None] == stops, axis=-1)
+        if stop_table is not None:
+            matched = stop_table[matched, token].astype(jnp.int32)
+            stopped = stopped | (matched == stop_table.shape[0] - 1)
+        return stopped, matched
+
+    return test
 
 
 class _Decoding(struct.PyTreeNode):
@@ -117,6 +161,7 @@ def generate(
     samples: int = 1,
     stop_table: Array | None = None,
     watch: Any = None,
+    limits: Array | None = None,
     check_every: int = 8,
 ) -> Rollout:
     """Samples answers to each prompt.
@@ -137,6 +182,8 @@ def generate(
         prompt i from i * samples on; the first of them is what `samples=1` gives.
       stop_table: (states, V) int16 automaton of stop strings (`data.stops.stop_table`), or None.
       watch: a `Watch` of B * samples rows, or None; stop tokens are not shown to it, and none of a row that has ended.
+      limits: (B * samples,) int32, at least 1: the most tokens of each row, where that is less than N; or None. A row
+        that comes to its limit has not ended.
       check_every: steps between two checks whether every row has ended (static).
 
     Returns:
@@ -147,29 +194,16 @@ def generate(
     blocks = -(-(count - 1) // check_every)
     drawn = 1 + blocks * check_every  # token places: whole blocks, cut to N at the end
     keys = sample_keys(row_keys(key, jnp.arange(batch) if row_ids is None else row_ids), samples)
-    stacked = adapters is not None and jax.tree.leaves(adapters)[0].ndim == 4
-    prepared = prepare_weights(config, params, None if stacked else adapters, fuse=not stacked)
-    run: Any = partial(
-        Transformer(config).apply,
-        {"params": params},
-        prepared=prepared,
-        adapters=adapters if stacked else None,
-        return_hidden=True,
-    )
-    stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
-
-    def logits_of(hidden: Array) -> Array:  # (B, width) -> (B, V)
-        return output_logits(config, hidden, prepared["head"])
+    run, logits_of = make_decoder(config, params, adapters)
+    room: Any = count if limits is None else jnp.minimum(limits, count)
+    stops = stop_test(sampling, stop_table)
 
     def record(state: _Decoding, logits: Array) -> _Decoding:
         """Draws token `state.step`, for the rows that still run."""
         token, logprob = draw(logits, sampling, keys, state.step)
-        running = ~state.ended & (state.step < count)
+        running = ~state.ended & (state.step < room)
         at = (0, state.step)
-        stopped, matched = jnp.any(token[:, None] == stops, axis=-1), state.matched
-        if stop_table is not None:
-            matched = stop_table[matched, token].astype(jnp.int32)
-            stopped = stopped | (matched == stop_table.shape[0] - 1)
+        stopped, matched = stops(token, state.matched)
         watch, given_up = state.watch, jnp.zeros_like(stopped)
         if watch is not None:
             watch, given_up = watch.observe(token, running & ~stopped)
@@ -219,7 +253,9 @@ def generate(
 
     # --- decode -----------------------------------------------------------------------------------------------------
     def unfinished(state: _Decoding) -> Array:
-        return (state.step < count) & ~jnp.all(state.ended)
+        if limits is None:
+            return (state.step < count) & ~jnp.all(state.ended)
+        return jnp.any(~state.ended & (state.step < room))
 
     def advance(_: Array, state: _Decoding) -> _Decoding:
         at = (lengths + state.step - 1)[:, None]
@@ -231,4 +267,5 @@ def generate(
 
     state = jax.lax.while_loop(unfinished, steps, state)
     tokens, logprobs = state.tokens[:, :count], state.logprobs[:, :count]
-    return Rollout(prompts, lengths, tokens, state.lengths, state.ended, logprobs, sampling, state.watch)
+    dead = jnp.broadcast_to(dead_steps(state.lengths, rows, state.step - 1), state.lengths.shape)
+    return Rollout(prompts, lengths, tokens, state.lengths, state.ended, logprobs, sampling, state.watch, dead)

@@ -131,12 +131,12 @@ def _first_above(cumulative: Array, mass: Array, target: Array) -> Array:
     return jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
 
 
-def draw(logits: Array, sampling: Sampling, keys: Array, position: Array) -> tuple[Array, Array]:
+def draw(logits: Array, sampling: Sampling, keys: Array, position: Array | int) -> tuple[Array, Array]:
     """Draws one token a row.
 
     Args:
       logits: (B, V) float32.
-      keys: (B,) row keys; folded with `position`, the index of the new token in its answer.
+      keys: (B,) row keys; folded with `position`, the index of the new token in its answer, of all rows or (B,).
 
     Returns:
       tokens (B,) int32 and their log-probabilities (B,) float32 under the kept, tempered distribution.
@@ -148,7 +148,8 @@ def draw(logits: Array, sampling: Sampling, keys: Array, position: Array) -> tup
     if sampling.temperature == 0.0:
         tokens = jnp.argmax(kept, axis=-1).astype(jnp.int32)
     else:
-        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
+        axes = (0, 0 if jnp.ndim(position) else None)
+        uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)), axes)(keys, position)
         tokens = inverse_cdf(exp / total[:, None], uniform)
     chosen = jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - top[:, 0] - jnp.log(total)

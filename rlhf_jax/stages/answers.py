@@ -26,7 +26,7 @@ from rlhf_jax.rollout.reencode import answer_text
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.judges import Judge, Pending, check_sources
 from rlhf_jax.stages.plan import tokenizer_of
-from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
+from rlhf_jax.stages.prompts import Prompts, check_decode_rows, check_stop_strings, make_sampler
 from rlhf_jax.training.artifacts import Role, is_reward_checkpoint
 from rlhf_jax.training.experience import end_penalized
 from rlhf_jax.training.loop import Stopped
@@ -50,6 +50,7 @@ def check_answers(context: Context, field: str, subjects: list[str], rows: int) 
         if is_folder(context.experiment.stages, subject) and is_reward_checkpoint(Path(subject).expanduser()):
             raise UserError(f"stages.{context.name}.{field}: {subject} is a reward model: give a language model")
         check_stop_strings(context, tokenizer_of(context, subject))
+    check_decode_rows(context, config.batch_size // rows)
     context.check_data(config.schema)
 
 

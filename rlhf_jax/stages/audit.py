@@ -7,7 +7,6 @@ not knows how much the mechanism really gives away. The model that this trains i
 
 import copy
 import dataclasses
-import shutil
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from rlhf_jax.privacy.gradient import Canaries, PrivateStep
 from rlhf_jax.stages import cost, ppo, preference, reward, sft
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.private import CLAIM_FILE, Private
+from rlhf_jax.training.checkpoints import clear
 
 RUNS = {"sft": sft.run, "reward": reward.run, "cost": cost.run, "preference": preference.run, "ppo": ppo.run}
 NEVER = 10**9  # steps between checkpoints of a run that cannot be taken up again
@@ -76,10 +76,10 @@ def run(context: Context) -> dict[str, Any]:
     recording = Recording(canaries, rng)
     audited = _as_audited(context, recording)
     for left in ("checkpoints", "model"):  # of an audit that was cut: it begins anew, with other noise
-        shutil.rmtree(context.folder / left, ignore_errors=True)
+        clear(context.folder / left)
     (context.folder / CLAIM_FILE).unlink(missing_ok=True)
     RUNS[audited.config.kind](audited)
-    shutil.rmtree(context.folder / "model", ignore_errors=True)
+    clear(context.folder / "model")
 
     private, step = recording.private, recording.step
     assert private is not None and step is not None, "a private stage makes both before its first step"

@@ -45,6 +45,7 @@ class Context:
     bases: dict[Any, Any] = dataclasses.field(default_factory=dict)
     audited: Any = None  # an `audit.Recording`, where a private stage runs to be audited
     on_claim: Callable[[], Any] = lambda: None  # called once a private run's claim is written, before its first draw
+    devices: Any = None  # of a topology that programs are only compiled for; None: those that are here
 
     @property
     def config(self) -> ConfigDict:
@@ -108,7 +109,7 @@ class Context:
 
     def mesh(self) -> Mesh:
         """The stage's mesh."""
-        return make_mesh(self.config.mesh.data, self.config.mesh.fsdp, self.config.mesh.tensor)
+        return make_mesh(self.config.mesh.data, self.config.mesh.fsdp, self.config.mesh.tensor, self.devices)
 
     def check_rows(self, field: str, rows: int) -> None:
         """Raises a UserError unless `rows` divide over the mesh's batch axes."""

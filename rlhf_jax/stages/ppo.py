@@ -31,7 +31,7 @@ from rlhf_jax.stages.plan import tokenizer_of
 from rlhf_jax.stages.ppo_evaluation import make_evaluation
 from rlhf_jax.stages.ppo_roles import Roles, load_roles
 from rlhf_jax.stages.private_ppo import Drawn, begin_private, make_private_iteration
-from rlhf_jax.stages.prompts import Prompts, check_stop_strings, make_sampler
+from rlhf_jax.stages.prompts import Prompts, check_decode_rows, check_stop_strings, make_sampler
 from rlhf_jax.stages.secrets import follow_secrets, make_nearness
 from rlhf_jax.stages.train import train
 from rlhf_jax.training.artifacts import describe_memory, save_role
@@ -68,6 +68,7 @@ def check(context: Context) -> None:
     check_sources(context)
     check_constraint(context)
     check_stop_strings(context, tokenizer_of(context, config.init))
+    check_decode_rows(context, config.samples)
     context.check_data(config.schema)
 
 

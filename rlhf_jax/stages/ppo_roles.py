@@ -1,7 +1,7 @@
 """The roles of policy optimization: who trains, who is frozen, what they share, and how they read a rollout."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,32 +126,53 @@ class Roles:
 
 
 def load_roles(context: Context, settings: PPOConfig, start: Role, mesh: Mesh) -> Roles:
-    """Loads or makes every role of a ppo stage that begins with `start`.
-
-    A critic of its own starts from the reward model's weights (that of costs from the cost model's), but its head from
-    0: the reward head is trained at the last token alone, and what it says in the middle of an answer is off by more
-    than the scores' spread. Where no such model reads the policy's tokens, the critic starts from the policy's weights.
-    """
+    """Loads or makes every role of a ppo stage that begins with `start`."""
     config = context.config
-    policy = continue_role(start, context.lora(), config.compute, key=context.key("adapters"))
-    policy.weights = without_heads(policy.weights)
+
+    def continued(role: Role, key: jax.Array) -> Role:
+        return continue_role(role, context.lora(), config.compute, key=key)
+
+    policy = continued(start, context.key("adapters"))
     parts = settings.minibatches * settings.accumulation
     fields = ["reward"] + (["constraint.cost"] if settings.constraint else [])
     judges = [
         Judge(context, policy.tokenizer, mesh, parts=parts, stop_strings=bool(config.stop_strings), field=field)
         for field in fields
     ]
+    return assemble(context, settings, start, policy, judges, continued)
+
+
+def assemble(
+    context: Context,
+    settings: PPOConfig,
+    start: Role,
+    policy: Role,
+    judges: Sequence[Any],
+    continued: Callable[[Role, jax.Array], Role],
+    new_head: Callable[..., Any] = init_head,
+) -> Roles:
+    """The roles of a policy that continues `start`, with the judges of rewards and (under a constraint) of costs.
+
+    A critic of its own starts from the reward model's weights (that of costs from the cost model's), but its head from
+    0: the reward head is trained at the last token alone, and what it says in the middle of an answer is off by more
+    than the scores' spread. Where no such model reads the policy's tokens, the critic starts from the policy's weights.
+
+    Args:
+      continued: (role, key of fresh adapters) -> what the stage makes of it; new_head: as `init_head`.
+    """
+    config = context.config
+    policy.weights = without_heads(policy.weights)
     reference, critics = policy.weights, dict[str, Role]()
     for name, judge in zip(("value", "cost_value"), judges, strict=False):
         key = context.key("value head")  # at scale 0 every head is 0
         if settings.shares_critic:
-            head = init_head(policy.spec.config.width, 0.0, key=key)
+            head = new_head(policy.spec.config.width, 0.0, key=key)
             policy.weights = {**policy.weights, "head" if name == "value" else "cost_head": head}
         elif settings.has_critic:
             readers = [role for source, role in judge.roles.items() if not judge.foreign[source]]
             origin = readers[0] if readers and config.critic == "reward" else start
             adapters = context.key(f"{name.replace('_', ' ')} adapters")
-            critic = critics[name] = continue_role(origin, context.lora(), config.compute, key=adapters)
-            critic.weights = {**critic.weights, "head": init_head(critic.spec.config.width, 0.0, key=key)}
+            critic = critics[name] = continued(origin, adapters)
+            critic.weights = {**critic.weights, "head": new_head(critic.spec.config.width, 0.0, key=key)}
     own, costs = critics.get("value"), critics.get("cost_value")
     return Roles(settings, policy, own, reference, judges[0], costs, judges[1] if settings.constraint else None)

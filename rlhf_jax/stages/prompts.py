@@ -16,6 +16,7 @@ from rlhf_jax.distributed.sharding import place_batch, replicated
 from rlhf_jax.errors import UserError
 from rlhf_jax.rollout import Rollout, Sampling, generate
 from rlhf_jax.rollout.batches import bucket_widths, check_lengths, narrowest
+from rlhf_jax.rollout.refill import generate_refilled
 from rlhf_jax.stages.context import Context
 from rlhf_jax.training.artifacts import Role
 from rlhf_jax.training.randomness import record_ids
@@ -111,6 +112,19 @@ class Prompts:
         return place_batch(len(rows), load, mesh)
 
 
+def check_decode_rows(context: Context, samples: int) -> None:
+    """Raises a UserError where `decode_rows` do not divide over the devices, or do not hold one prompt's answers."""
+    rows = context.config.decode_rows
+    context.check_rows("decode_rows", rows)
+    mesh = context.mesh()
+    least = samples * mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows and rows < least:
+        raise UserError(
+            f"stages.{context.name}.decode_rows is {rows}, and {samples} answers to a prompt on each device are "
+            f"{least} rows: make it at least {least}, or 0"
+        )
+
+
 def check_stop_strings(context: Context, tokenizer: Tokenizer | None) -> None:
     """Raises a UserError where a stage's `stop_strings` are none that its tokenizer, if it is there yet, can end at."""
     if context.config.stop_strings and tokenizer is not None:
@@ -121,6 +135,7 @@ def make_sampler(context: Context, role: Role, mesh: Mesh) -> Callable[..., Roll
     """The function (base, placed prompts, key, samples=1, adapters=None) -> `Rollout`, by the stage's decoding fields.
 
     The role gives shape and tokenizer; its weights are the arguments, `adapters` scaled as `generate` takes them.
+    Of more answers than `decode_rows` so many are decoded at once, the same ones up to rounding.
     """
     config, shape, tokenizer = context.config, role.spec.config, role.tokenizer
     fields = config.max_new_tokens, config.temperature, config.top_k, config.top_p
@@ -132,11 +147,8 @@ def make_sampler(context: Context, role: Role, mesh: Mesh) -> Callable[..., Roll
     def sample(
         base: Any, batch: dict[str, jax.Array], key: jax.Array, samples: int = 1, adapters: Any = None
     ) -> Rollout:
-        return generate(
-            shape,
-            base,
-            batch["prompts"],
-            batch["lengths"],
+        given = shape, base, batch["prompts"], batch["lengths"]
+        named: dict[str, Any] = dict(
             key=key,
             sampling=sampling,
             row_ids=batch["row_ids"],
@@ -144,5 +156,8 @@ def make_sampler(context: Context, role: Role, mesh: Mesh) -> Callable[..., Roll
             samples=samples,
             stop_table=table,
         )
+        if 0 < config.decode_rows < len(batch["lengths"]) * samples:
+            return generate_refilled(*given, **named, slots=config.decode_rows).rollout
+        return generate(*given, **named)
 
     return sample

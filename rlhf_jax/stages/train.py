@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
 
     state: TrainState
     frozen: Weights
-    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+    step: Any
 
 
 def prepare(context: Context, role: Role, gradient: GradientFunction, steps: int, mesh: Mesh) -> Prepared:
@@ -129,6 +129,7 @@ def train(
         flops_each=flops_each,
         peak_flops=peak_flops(),
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
         tensorboard=context.experiment.logging.tensorboard,
         watch=watch,
         anchors=anchors,

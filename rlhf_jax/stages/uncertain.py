@@ -73,32 +73,33 @@ def reference_of(context: Context, field: str) -> str:
     return config.get("reward_adjustment", {}).get("against", "") if field == "reward" else ""
 
 
-def moments(spec: RoleSpec, weights: Weights, posterior: Any, tokens: Array, lengths: Array) -> Moments:
+def moments(
+    spec: RoleSpec,
+    weights: Weights,
+    posterior: Any,
+    tokens: Array,
+    lengths: Array,
+    reference: tuple[Array, Array] | None = None,
+) -> Moments:
     """What a scorer says at the last real token of rows; jitted by its callers.
 
     Args:
-      tokens: (B, T) int32, or (B, 2, T): then the variance is that of the difference to the second row.
-      lengths: (B,), or (B, 2).
+      tokens: (B, T) int32; lengths: (B,).
+      reference: tokens (B, T) and lengths (B,) of other rows, or one row for all: the variance is then that of the
+        difference to them.
     """
-    if posterior is None:
-        return _of_members(spec, weights, tokens, lengths)
-    posterior_moments = score_moments if tokens.ndim == 2 else relative_moments
+
+    def of_posterior(one: RoleSpec, mine: Weights, own_posterior: Any) -> tuple[Array, Array]:
+        if reference is None:
+            return score_moments(one, mine, own_posterior, tokens, lengths)
+        return relative_moments(one, mine, own_posterior, tokens, lengths, reference)
+
+    if spec.members == 1 and posterior is None:
+        return Moments(member_scores(spec, weights, tokens, lengths)[0])
     if spec.members == 1:
-        return Moments(*posterior_moments(spec, weights, posterior, tokens, lengths))
-
-    def of_member(one: RoleSpec, mine: Weights, own_posterior: Any) -> tuple[Array, Array]:
-        return posterior_moments(one, mine, own_posterior, tokens, lengths)
-
-    means, variances = over_members(of_member, spec, weights, posterior)
-    offsets = None if tokens.ndim == 2 else member_scores(spec, weights, tokens[:, 1], lengths[:, 1])
+        return Moments(*of_posterior(spec, weights, posterior))
+    offsets = None if reference is None else member_scores(spec, weights, *reference)
+    if posterior is None:
+        return mixture(member_scores(spec, weights, tokens, lengths), offsets=offsets)
+    means, variances = over_members(of_posterior, spec, weights, posterior)
     return mixture(means, variances, offsets)
-
-
-def _of_members(spec: RoleSpec, weights: Weights, tokens: Array, lengths: Array) -> Moments:
-    """`moments` of a model alone, or of an ensemble."""
-    if tokens.ndim == 2:
-        scores = member_scores(spec, weights, tokens, lengths)
-        return Moments(scores[0]) if spec.members == 1 else mixture(scores)
-    scores = member_scores(spec, weights, tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
-    scores = scores.reshape(spec.members, -1, 2)
-    return Moments(scores[0, :, 0]) if spec.members == 1 else mixture(scores[..., 0], offsets=scores[..., 1])

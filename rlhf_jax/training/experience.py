@@ -253,7 +253,8 @@ def make_experience(
     said: `objective/kl` sum over tokens of log pi - log pi_ref; `objective/entropy` sum of -log pi; `objective/scores`
     as trained on; `objective/raw_scores` as the sources gave them; `objective/rlhf_reward` = scores - kl_coef * kl;
     `policy/entropy` exact, mean over tokens; `rollout/logprob_gap` mean over tokens of |decode - score|;
-    `rollout/repeated` share of answers that another row repeats; `val/num_eos_tokens` a count;
+    `rollout/repeated` share of answers that another row repeats; `rollout/dead_steps` share of decode steps spent on
+    rows that had ended; `val/num_eos_tokens` a count;
     `val/var_explained` 1 - var(returns - values) / var(returns), over tokens; `val/cost_var_explained` of the cost
     critic; `safety/lambda` that the advantages were made with; `safety/cost` and `safety/cost_std` of the answers;
     `safety/unsafe_share` of answers whose cost is above 0; and those of `constraint.observe`.
@@ -308,6 +309,7 @@ def make_experience(
         "policy/entropy": entropy.sum() / count,
         "rollout/logprob_gap": jnp.sum(jnp.abs(rollout.logprobs - logprobs)) / count,
         "rollout/repeated": repeated_share(rollout.tokens),
+        **({} if rollout.dead is None else {"rollout/dead_steps": rollout.dead.mean()}),
         "val/num_eos_tokens": rollout.ended.sum(),
         "response_length": rollout.lengths.mean(dtype=jnp.float32),
         **safety,

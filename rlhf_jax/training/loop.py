@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.distributed import mark, stops_after
+from rlhf_jax.distributed import disk_full, mark, stops_after
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.checkpoints import Checkpoints
 from rlhf_jax.training.metrics import MetricsLog, Progress
@@ -60,6 +60,7 @@ def run_loop(
     flops_each: float,
     peak_flops: float,
     keep: int = 2,
+    keep_every: int = 0,
     tensorboard: bool = True,
     watch: Callable[[int, dict[str, jax.Array]], str] | None = None,
     anchors: dict[str, str] | None = None,
@@ -75,6 +76,7 @@ def run_loop(
       evaluate: (params, iteration) -> metrics, at iteration 0, every `evaluate_every` and at the end.
       metric, higher_is_better: which evaluation is best; "" makes the last parameters the result.
       shown: metrics of the progress bar.
+      keep, keep_every: the newest checkpoints that stay, and every so-manieth iteration's; 0: none.
       learning_rate: optimizer steps done -> learning rate of the next.
       tokens_each, flops_each, peak_flops: tokens and FLOPs of an iteration, the machine's FLOP/s: throughput, MFU.
       watch: (iteration, metrics) -> why training ends here, or ""; called after every iteration, may raise a UserError.
@@ -87,10 +89,10 @@ def run_loop(
 
     Raises:
       Stopped: a signal came; everything is saved.
-      UserError: the loss is not finite, or what `advance` and `watch` raise. Where the state before it is still whole,
-        it is saved.
+      UserError: the loss is not finite, or what `advance` and `watch` raise: where the state before it is still whole,
+        it is saved. Or a disk is full, also that of a save in the background.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", keep, identity)
+    checkpoints = Checkpoints(folder / "checkpoints", keep, identity, keep_every)
     done, state, memory = checkpoints.restore(state)
     _check_anchors(name, memory.get("anchors", {}), anchors or {})
     ended_early: str = memory.get("ended_early", "")
@@ -177,6 +179,10 @@ def run_loop(
         evaluations["result_step"] = best_iteration * schedule.steps_each
         ran = {"iterations": total, "ended_early": ended_early, "controllers": state.controllers}
         return params, {**evaluations, **ran, "seconds": progress.seconds}
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise UserError(f"no space is left to write to {folder}: {checkpoints.standing()}") from error
     finally:
         checkpoints.close()
         log.close()

@@ -1,5 +1,6 @@
 """`metrics.jsonl`, TensorBoard events and the progress line of a stage."""
 
+import contextlib
 import json
 import math
 import os
@@ -63,10 +64,11 @@ class MetricsLog:
         return row
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with contextlib.suppress(OSError):  # of a full disk, as `write` has said: rows are flushed as they come
+            if self._file is not None:
+                self._file.close()
+            if self._events is not None:
+                self._events.close()
 
 
 class Progress:

@@ -37,7 +37,7 @@ Array = jax.Array
 Metrics = dict[str, Array]
 # (spec, weights, posterior, tokens (B, T), lengths (B,)) -> what a scorer says of each row, or of (B, 2, T) and (B, 2)
 # of each first row, where what is uncertain is its difference to the second one
-Moment = Callable[[RoleSpec, Weights, Any, Array, Array], Moments]
+Moment = Callable[..., Moments]  # (spec, weights, posterior, tokens, lengths, reference rows or nothing)
 
 
 def _row_fields(rollout: Rollout | Experience) -> tuple[Array, Array, Array, Array]:
@@ -115,19 +115,22 @@ def score_moments(
 ) -> Moments:
     """`score_rewards` of a model that knows its uncertainty, by `moment`: (B,) each.
 
-    `references`: tokens (B, N) and lengths (B,) of other answers to the same prompts, N at most the rollout's.
+    `references`: tokens (B, N) and lengths (B,) of other answers to the same prompts, N at most the rollout's; one row
+    where all answers are to one prompt.
     """
+    shared = references if references and len(references[0]) == 1 else ()
 
-    def score(prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array, *reference: Array) -> Moments:
+    def score(prompts: Array, prompt_lengths: Array, answers: Array, lengths: Array, *own: Array) -> Moments:
         rows = answer_rows(spec, prompts, prompt_lengths, answers, lengths)
-        if reference:
-            others, other_lengths = reference
-            padded = jnp.pad(others, ((0, 0), (0, answers.shape[1] - others.shape[1])))
-            second = answer_rows(spec, prompts, prompt_lengths, padded, other_lengths)
-            rows = jnp.stack([rows[0], second[0]], axis=1), jnp.stack([rows[1], second[1]], axis=1)
-        return moment(spec, weights, posterior, *rows)
+        if not references:
+            return moment(spec, weights, posterior, *rows)
+        others, other_lengths = shared or own
+        padded = jnp.pad(others, ((0, 0), (0, answers.shape[1] - others.shape[1])))
+        many = len(others)
+        second = answer_rows(spec, prompts[:many], prompt_lengths[:many], padded, other_lengths)
+        return moment(spec, weights, posterior, *rows, second)
 
-    return _over_parts(score, (*_ended_fields(rollout, stop_strings), *references), parts)
+    return _over_parts(score, (*_ended_fields(rollout, stop_strings), *(() if shared else references)), parts)
 
 
 def _ended_fields(rollout: Rollout, stop_strings: bool) -> tuple[Array, Array, Array, Array]:

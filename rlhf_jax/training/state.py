@@ -241,7 +241,10 @@ def init_state(
 ) -> TrainState:
     """A fresh state on the mesh. `params` are copied: the state is donated step by step, its source is not.
 
-    `learning_rate`: that of `make_optimizer`, to be an argument of this program too; None leaves it a constant of it.
+    Of `params` that are shapes (`ShapeDtypeStruct`) it is one of shapes, with their places.
+
+    Args:
+      learning_rate: that of `make_optimizer`, to be an argument of this program too; None leaves it a constant of it.
     """
 
     def create(params: Tree, controllers: Tree, rate: jax.Array | None) -> TrainState:
@@ -254,6 +257,9 @@ def init_state(
 
     shardings = state_shardings(params, axes, optimizer, mesh, controllers)
     rate = None if learning_rate is None else np.float32(learning_rate)
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+        like = jax.eval_shape(create, params, controllers, rate)
+        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), like, shardings)
     return jax.jit(create, out_shardings=shardings)(params, controllers, rate)
 
 

@@ -16,6 +16,7 @@ from rlhf_jax.uncertainty.jacobians import Blocks, gradients
 from rlhf_jax.uncertainty.posterior import Posterior, variance
 
 Array = jax.Array
+Rows = tuple[Array, Array]  # tokens (B, T) int32 and lengths (B,)
 ALONE, DIFFERENCE = np.ones((1, 1), np.float32), np.asarray([[1.0, -1.0]], np.float32)
 
 
@@ -38,20 +39,24 @@ def score_moments(
 
 
 def relative_moments(
-    spec: RoleSpec, weights: Weights, posterior: Posterior, tokens: Array, lengths: Array
+    spec: RoleSpec, weights: Weights, posterior: Posterior, tokens: Array, lengths: Array, reference: Rows
 ) -> tuple[Array, Array]:
     """Mean of each answer's score, and the variance of its difference to a reference answer of the same prompt.
 
     What preferences leave open, where a prompt's scores lie, is not in this variance.
 
     Args:
-      tokens: (B, 2, T) int32, the answer's row and its reference's; lengths: (B, 2).
+      tokens: (B, T) int32, the answers' rows; lengths: (B,).
+      reference: tokens (B, T) and lengths (B,) of the reference answers' rows, or one row, which is then all answers'.
 
     Returns:
-      mean (B,) of the first score and variance (B,), float32.
+      mean (B,) of the answers' scores and variance (B,), float32.
     """
-    scores, gradient = _along(spec, weights, posterior, tokens, lengths, DIFFERENCE)
-    return scores[:, 0], _scaled(posterior, gradient)
+    scores, gradient = _along(spec, weights, posterior, tokens[:, None], lengths[:, None], ALONE)
+    others, other_lengths = reference
+    _, theirs = _along(spec, weights, posterior, others[:, None], other_lengths[:, None], ALONE)
+    difference = {name: g - theirs[name] for name, g in gradient.items()}
+    return scores[:, 0], _scaled(posterior, difference)
 
 
 def difference_moments(

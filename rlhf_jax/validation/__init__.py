@@ -27,7 +27,7 @@ from rlhf_jax.validation.policies import (
 from rlhf_jax.validation.references import check_references, check_reward_sources
 from rlhf_jax.validation.scorers import check_cost, check_laplace, check_reward
 from rlhf_jax.validation.sources import check_export, check_safety_task, check_split, check_tokenizer
-from rlhf_jax.validation.training import check_privacy, check_training
+from rlhf_jax.validation.training import check_checkpoint, check_privacy, check_training
 
 __all__ = ["GROUP_ESTIMATORS", "REFERENCE_FREE", "ROLLOUT_METRICS", "UPDATE_METRICS", "validate"]
 
@@ -89,7 +89,7 @@ def _check_stage(stages: ConfigDict, name: str) -> None:
     positive(config, where, ("temperature", "sequence_length", "rollout_batch_size", "calibration_prompts"))
     positive(config, where, ("vocab_size", "max_bytes", "samples", "beta"))
     if "checkpoint" in config:
-        positive(config.checkpoint, f"{where}.checkpoint", ("every", "keep"))
+        check_checkpoint(config.checkpoint, f"{where}.checkpoint")
         positive(config.evaluation, f"{where}.evaluation", ("every", "records"))
         silent = config.kind in ("reward", "cost")
         if config.evaluation.secrets and (silent or not config.evaluation.data):

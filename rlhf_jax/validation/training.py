@@ -40,6 +40,17 @@ def check_training(config: ConfigDict, where: str) -> None:
         raise UserError(f"{where}.{NEEDS_QWIX}")
 
 
+def check_checkpoint(checkpoint: ConfigDict, where: str) -> None:
+    """How often a stage saves, and what it keeps."""
+    positive(checkpoint, where, ("every", "keep"))
+    not_negative(checkpoint, where, ("keep_every",))
+    if checkpoint.keep_every % checkpoint.every:
+        raise UserError(
+            f"{where}.keep_every is {checkpoint.keep_every} and every is {checkpoint.every}: what is kept for ever is "
+            "saved first, so make keep_every a multiple of every"
+        )
+
+
 def check_privacy(config: ConfigDict, where: str) -> None:
     """Ranges of a private stage's numbers; what else it may not do is in `stages.provenance`."""
     privacy, where = config.privacy, f"{where}.privacy"

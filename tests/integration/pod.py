@@ -15,10 +15,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(config, workdir, processes, devices, flags=(), environments=None):
+def start(config, workdir, processes, devices, flags=(), environments=None, program=None):
     """The commands of so many processes of `devices` virtual devices each; process i writes notes to `notes_of(...)`.
 
-    `environments` replaces what names the coordinator, a dict for each process.
+    `environments` replaces what names the coordinator, a dict for each process; `program` the one that writes notes.
     """
     port, commands = free_port(), []
     for process in range(processes):
@@ -28,9 +28,11 @@ def start(config, workdir, processes, devices, flags=(), environments=None):
             "RLHF_JAX_PROCESS_ID": str(process),
         }
         environment = {"JAX_NUM_CPU_DEVICES": str(devices), **(environments[process] if environments else named)}
-        program = (AUDITED, str(notes_path(workdir, process)))
+        audited = (AUDITED, str(notes_path(workdir, process)))
         given = flags[process] if flags and not isinstance(flags[0], str) else flags
-        commands.append(Command(config, workdir, *given, environment=environment, log=f".{process}", program=program))
+        commands.append(
+            Command(config, workdir, *given, environment=environment, log=f".{process}", program=program or audited)
+        )
     return commands
 
 

@@ -76,6 +76,20 @@ def test_a_killed_run_ends_as_an_uncut_one(uncut, finished, tmp_path):
     assert metrics(workdir, "ppo") == metrics(whole, "ppo")
 
 
+def test_rows_that_are_refilled_give_the_same_training(uncut, finished, tmp_path):
+    """Two at a time of each part's eight: the same answers, and fewer dead steps."""
+    config, whole, _ = uncut
+    workdir = copy_stages(finished[0], tmp_path / "work", READY)
+    done = run_main(config, workdir, "--config.stages.ppo.decode_rows=2", "--config.stages.ppo.iterations=4")
+    assert done.status == 0, done.stderr[-3000:]
+    here, there = ([row for row in metrics(w, "ppo") if "objective/kl" in row] for w in (workdir, whole))
+    assert [row["response_length"] for row in here] == [row["response_length"] for row in there]
+    for mine, other in zip(here, there, strict=True):
+        dead = mine.pop("rollout/dead_steps"), other.pop("rollout/dead_steps")
+        assert 0 <= dead[0] <= dead[1] < 1
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-3)
+
+
 def test_a_function_that_breaks_names_the_answer_and_loses_nothing(finished, source, tmp_path):
     config = job(source, tmp_path, BREAKING)
     workdir = copy_stages(finished[0], tmp_path / "work", READY)

@@ -291,11 +291,15 @@ def test_a_pairs_two_answers_are_not_independent(model, oracle):
 def test_against_a_reference_the_mean_is_the_answers_own_and_the_variance_the_differences(model, oracle):
     weights, _ = model
     posterior = tiny.posterior_of(oracle, 2.0)
-    mean, variance = jax.jit(relative_moments, static_argnums=0)(SPEC, weights, posterior, *PLACE)
-    np.testing.assert_allclose(
-        mean, SIDE(SPEC, weights, posterior, PLACE[0][:, 0], PLACE[1][:, 0])[0], rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(variance, PAIR(SPEC, weights, posterior, *PLACE)[1], rtol=1e-6)
+    own, other = ((PLACE[0][:, a], PLACE[1][:, a]) for a in (0, 1))
+    relative = jax.jit(relative_moments, static_argnums=0)
+    mean, variance = relative(SPEC, weights, posterior, *own, other)
+    np.testing.assert_allclose(mean, SIDE(SPEC, weights, posterior, *own)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(variance, PAIR(SPEC, weights, posterior, *PLACE)[1], rtol=1e-5)
+    one = tuple(x[:1] for x in other)  # one row stands for all
+    repeated = tuple(np.repeat(x, len(own[1]), axis=0) for x in one)
+    for a, b in zip(*(relative(SPEC, weights, posterior, *own, r) for r in (one, repeated)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_is_the_models_own_score_and_padding_changes_no_variance(model, oracle):
