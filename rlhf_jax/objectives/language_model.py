@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from rlhf_jax.objectives.taps import (
     OutputTap,
@@ -22,7 +23,19 @@ from rlhf_jax.objectives.taps import (
 )
 
 Array = jax.Array
-LOGITS_AT_ONCE = 1 << 21  # elements of the logits held at a time (8 MiB in float32)
+LOGITS_AT_ONCE = 1 << 21  # elements of the logits held at a time on a device (8 MiB in float32)
+LOGITS_AT_ONCE_SPREAD = 1 << 24  # the same where they are made of chunks of the vocabulary
+
+
+class Chunks(NamedTuple):
+    """How logits are made piece by piece: so many positions at a time, or so many chunks of the vocabulary.
+
+    One device takes positions. Over several a chunk of positions would gather the whole kernel, and sum its whole
+    gradient over the devices, each time; of a chunk of the vocabulary each part of the kernel is gathered once.
+    """
+
+    positions: int
+    vocabulary: int = 0
 
 
 def _chunk_length(batch: int, length: int, vocab: int, shards: int) -> int:
@@ -78,13 +91,15 @@ def _capped(logits: Array, temperature: float, softcap: float) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_logprobs(
-    hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, chunk: int
+    hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, chunks: Chunks
 ) -> tuple[Array, Array]:
-    return _forward(hidden, kernel, targets, temperature, softcap, chunk)[0]
+    return _forward(hidden, kernel, targets, temperature, softcap, chunks)[0]
 
 
-def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, chunk: int):
-    compute = kernel.astype(hidden.dtype)
+def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, chunks: Chunks):
+    if chunks.vocabulary:
+        return _forward_by_vocabulary(hidden, kernel, targets, temperature, softcap, chunks.vocabulary)
+    compute, chunk = kernel.astype(hidden.dtype), chunks.positions
 
     def one(inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         h, target = inputs
@@ -97,9 +112,36 @@ def _forward(hidden: Array, kernel: Array, targets: Array, temperature: float, s
         mean_logit = jnp.sum(exp * (logits - top), axis=-1) / total + top[..., 0]
         return chosen - log_total, log_total - mean_logit, log_total
 
-    chunks = (_to_chunks(hidden, chunk), _to_chunks(targets, chunk))
-    logprobs, entropy, log_total = (_from_chunks(x, targets.shape[1]) for x in lax.map(one, chunks))
+    inputs = (_to_chunks(hidden, chunk), _to_chunks(targets, chunk))
+    logprobs, entropy, log_total = (_from_chunks(x, targets.shape[1]) for x in lax.map(one, inputs))
     return (logprobs, entropy), (hidden, kernel, targets, log_total, entropy)
+
+
+def _forward_by_vocabulary(
+    hidden: Array, kernel: Array, targets: Array, temperature: float, softcap: float, count: int
+):
+    """`_forward` in chunks of the vocabulary: the softmax's sums are kept over the largest logit so far."""
+    columns, ids = _vocabulary_chunks(kernel.astype(hidden.dtype), count)
+
+    def one(carry: tuple[Array, ...], inputs: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        top, total, moment, chosen = carry
+        compute, numbers = inputs
+        there = numbers < kernel.shape[1]
+        logits = _logits(hidden, compute, temperature, softcap)  # (B, T, C)
+        highest = jnp.maximum(top, jnp.max(jnp.where(there, logits, -jnp.inf), axis=-1))
+        exp = jnp.where(there, jnp.exp(logits - highest[..., None]), 0.0)
+        before = jnp.exp(top - highest)
+        total = total * before + jnp.sum(exp, axis=-1)
+        moment = moment * before + jnp.sum(exp * logits, axis=-1)
+        chosen = chosen + jnp.sum(jnp.where(targets[..., None] == numbers, logits, 0.0), axis=-1)
+        return (highest, total, moment, chosen), None
+
+    zero = jnp.zeros(targets.shape, jnp.float32)
+    start: tuple[Array, ...] = (zero - jnp.inf, zero, zero, zero)
+    (top, total, moment, chosen), _ = lax.scan(one, start, (columns, ids))
+    log_total = jnp.log(total) + top
+    entropy = log_total - moment / total
+    return (chosen - log_total, entropy), (hidden, kernel, targets, log_total, entropy)
 
 
 def _logit_gradients(
@@ -128,9 +170,11 @@ def _logit_gradients(
     return out / temperature
 
 
-def _backward(temperature: float, softcap: float, chunk: int, residuals, gradients):
+def _backward(temperature: float, softcap: float, chunks: Chunks, residuals, gradients):
+    if chunks.vocabulary:
+        return _backward_by_vocabulary(temperature, softcap, chunks.vocabulary, residuals, gradients)
     hidden, kernel, targets, log_total, entropy = residuals
-    compute = kernel.astype(hidden.dtype)
+    compute, chunk = kernel.astype(hidden.dtype), chunks.positions
 
     def one(dkernel: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
         h, target, log_z, ent, *grads = inputs
@@ -149,12 +193,83 @@ def _backward(temperature: float, softcap: float, chunk: int, residuals, gradien
     return _from_chunks(dhidden, targets.shape[1]), dkernel.astype(kernel.dtype), None
 
 
+def _backward_by_vocabulary(temperature: float, softcap: float, count: int, residuals, gradients):
+    hidden, kernel, targets, log_total, entropy = residuals
+    columns, ids = _vocabulary_chunks(kernel.astype(hidden.dtype), count)
+
+    def one(dhidden: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        compute, numbers = inputs
+        logits = _logits(hidden, compute, temperature, softcap)
+        onehot = targets[..., None] == numbers
+        dlogits = _logit_gradients(logits, onehot, log_total, entropy, gradients, temperature, softcap)
+        dlogits = jnp.where(numbers < kernel.shape[1], dlogits, 0.0).astype(hidden.dtype)
+        dhidden += lax.dot_general(dlogits, compute, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        part = lax.dot_general(hidden, dlogits, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+        return dhidden, _placed_as_kernel(part)
+
+    dhidden, parts = lax.scan(one, jnp.zeros(hidden.shape, jnp.float32), (columns, ids))
+    dkernel = lax.optimization_barrier(_from_vocabulary_chunks(parts, kernel.shape[1]))  # as in `_backward`
+    return dhidden.astype(hidden.dtype), dkernel.astype(kernel.dtype), None
+
+
 _token_logprobs.defvjp(_forward, _backward)
+
+
+# The mesh's axes as `distributed.sharding` names them: of an output kernel `fsdp` shards the width, `tensor` the
+# vocabulary.
+
+
+def _axis(name: str) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(name, 1)
 
 
 def _shards() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
+
+
+def _parts(vocab: int) -> int:
+    """Devices that a vocabulary is spread over."""
+    return _axis("tensor") if vocab % _axis("tensor") == 0 else 1
+
+
+def _vocabulary_chunks(kernel: Array, count: int) -> tuple[Array, Array]:
+    """A kernel (D, V) as chunks of columns (n, D, C), and whose they are (n, C): V where there is none.
+
+    A chunk has columns of each device that the vocabulary is spread over.
+    """
+    (width, vocab), parts = kernel.shape, _parts(kernel.shape[1])
+    each = vocab // parts
+    size = -(-each // count)
+    own = jnp.arange(count)[:, None, None] * size + jnp.arange(size)  # (n, 1, size): places in a device's part
+    ids = jnp.where(own < each, jnp.arange(parts)[:, None] * each + own, vocab)  # (n, parts, size)
+    padded = jnp.pad(kernel.reshape(width, parts, each), ((0, 0), (0, 0), (0, count * size - each)))
+    chunks = jnp.moveaxis(padded.reshape(width, parts, count, size), 2, 0)
+    return chunks.reshape(count, width, parts * size), ids.reshape(count, parts * size)
+
+
+def _from_vocabulary_chunks(chunks: Array, vocab: int) -> Array:
+    """Chunks of columns (n, D, C) as one (D, V)."""
+    (count, width, columns), parts = chunks.shape, _parts(vocab)
+    apart = jnp.moveaxis(chunks.reshape(count, width, parts, columns // parts), 0, 2)
+    return apart.reshape(width, parts, -1)[:, :, : vocab // parts].reshape(width, vocab)
+
+
+def _placed_as_kernel(x: Array) -> Array:
+    """A chunk (D, C) where the kernel's own would be, so that a sum over the batch's devices goes there at once."""
+    fsdp = "fsdp" if _axis("fsdp") > 1 and x.shape[0] % _axis("fsdp") == 0 else None
+    tensor = "tensor" if _axis("tensor") > 1 and x.shape[1] % _axis("tensor") == 0 else None
+    return lax.with_sharding_constraint(x, PartitionSpec(fsdp, tensor)) if fsdp or tensor else x
+
+
+def _chunks(batch: int, length: int, vocab: int) -> Chunks:
+    """The chunks of (B, T, V) logits on the mesh, or on one device."""
+    shards = _shards()
+    positions = _chunk_length(batch, length, vocab, shards)
+    if shards == 1:
+        return Chunks(positions)
+    return Chunks(positions, -(-batch * length * vocab // (LOGITS_AT_ONCE_SPREAD * shards)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -165,17 +280,17 @@ def _tapped_logprobs(
     tap: OutputTap,
     temperature: float,
     softcap: float,
-    chunk: int,
+    chunks: Chunks,
     units: int,
 ) -> tuple[Array, Array]:
-    return _forward(hidden, kernel, targets, temperature, softcap, chunk)[0]
+    return _forward(hidden, kernel, targets, temperature, softcap, chunks)[0]
 
 
-def _tapped_forward(hidden, kernel, targets, tap, temperature: float, softcap: float, chunk: int, units: int):
-    return _forward(hidden, kernel, targets, temperature, softcap, chunk)
+def _tapped_forward(hidden, kernel, targets, tap, temperature: float, softcap: float, chunks: Chunks, units: int):
+    return _forward(hidden, kernel, targets, temperature, softcap, chunks)
 
 
-def _tapped_backward(temperature: float, softcap: float, chunk: int, units: int, residuals, gradients):
+def _tapped_backward(temperature: float, softcap: float, chunks: Chunks, units: int, residuals, gradients):
     """`_backward` in chunks of the vocabulary: of a Gram matrix over positions each chunk gives one term."""
     hidden, kernel, targets, log_total, entropy = residuals
     positions, (width, vocab) = by_unit(hidden, units).shape[1], kernel.shape
@@ -227,9 +342,9 @@ def output_gradient(kernel: Array, tap: OutputTap, factors: Array, temperature: 
     targets, log_total, entropy = rest[:3]
     gradients = tuple(counted(g, each) for g in tap[-2:])
     batch, length = targets.shape
-    chunk = _chunk_length(batch, length, kernel.shape[1], _shards())
+    chunks = _chunks(batch, length, kernel.shape[1])
     residuals = (hidden, kernel.astype(jnp.float32), targets, log_total, entropy)
-    return _backward(temperature, softcap, chunk, residuals, gradients)[1]
+    return _backward(temperature, softcap, chunks, residuals, gradients)[1]
 
 
 def tied_products(
@@ -259,7 +374,7 @@ def tied_products(
 def token_logprobs(
     hidden: Array, kernel: Any, targets: Array, temperature: float = 1.0, softcap: float = 0.0
 ) -> tuple[Array, Array]:
-    """Log-probability of each target token and entropy of its distribution, in chunks of positions.
+    """Log-probability of each target token and entropy of its distribution, in chunks (`Chunks`).
 
     The one function that scores: behaviour, new and reference log-probabilities all come from here, at one temperature.
     The backward pass recomputes each chunk's logits.
@@ -279,10 +394,10 @@ def token_logprobs(
     if isinstance(kernel, Tapped):
         kernel.used("output", hidden.shape, hidden.dtype, temperature, softcap)
         kernel = kernel.weight
-    chunk = _chunk_length(batch, length, kernel.shape[1], _shards())
+    chunks = _chunks(batch, length, kernel.shape[1])
     if tap is None:
-        return _token_logprobs(hidden, kernel, targets, temperature, softcap, chunk)
-    return _tapped_logprobs(hidden, kernel, targets, tap, temperature, softcap, chunk, tap.squares.shape[0])
+        return _token_logprobs(hidden, kernel, targets, temperature, softcap, chunks)
+    return _tapped_logprobs(hidden, kernel, targets, tap, temperature, softcap, chunks, tap.squares.shape[0])
 
 
 def segment_totals(values: Array, segment_ids: Array, segments: int) -> Array:

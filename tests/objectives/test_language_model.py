@@ -192,3 +192,35 @@ def test_segment_totals_keep_garbage_on_padding_out():
     values = np.array([[1.0, 2.0, np.nan, np.inf]], np.float32)
     segment_ids = np.array([[1, 1, 0, 0]], np.int32)
     np.testing.assert_array_equal(segment_totals(values, segment_ids, 2), [[3.0, 0.0]])
+
+
+def spread(shape):
+    return jax.sharding.Mesh(np.asarray(jax.devices()[: np.prod(shape)]).reshape(shape), ("data", "fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("chunks", [1, 3, 12])
+@pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 3.0)])
+def test_over_several_devices_chunks_of_the_vocabulary_give_the_same(shape, chunks, temperature, softcap, monkeypatch):
+    """Also where neither width nor vocabulary divides over the devices; values, entropies and both gradients."""
+    rng = np.random.default_rng(3)
+    batch, length, width, vocab = 4, 9, 6, 20 if shape != (1, 1, 2) else 19
+    hidden, kernel = (rng.normal(size=s).astype(np.float32) for s in ((batch, length, width), (width, vocab)))
+    targets = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    weigh = rng.normal(size=(2, batch, length)).astype(np.float32)
+
+    def total(hidden, kernel):
+        logprobs, entropy = token_logprobs(hidden, kernel, targets, temperature, softcap)
+        return jnp.sum(weigh[0] * logprobs + weigh[1] * entropy), (logprobs, entropy)
+
+    run = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    expected = run(hidden, kernel)
+    at_once = batch * length * vocab // (np.prod(shape) * chunks)
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE_SPREAD", int(at_once))
+    jax.clear_caches()
+    mesh = spread(shape)
+    with jax.set_mesh(mesh):
+        assert language_model._chunks(batch, length, vocab).vocabulary >= chunks
+        found = run(hidden, kernel)
+    for mine, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=2e-5, atol=2e-5)
