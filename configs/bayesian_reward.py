@@ -11,8 +11,8 @@ a reference answer taken off, is scored by gold; PPO against the larger ones too
 Measured on 2 CPU cores, smaller proxies, gold of the best of 512 in standard deviations of the policy's answers: noisy
 MAP 0.59 [0.10, 1.08], which had 0.99 at n = 64; Laplace 1.39 [0.99, 1.79]; worst of the ensemble 1.44 [1.25, 1.64];
 Laplace of its members 1.72 [1.52, 1.92]; clean all between 1.95 and 2.13. Larger proxies, noisy: MAP 1.32 [1.04, 1.59],
-Laplace of the members 1.81 [1.67, 1.96], and by the world's true worth 0.64 [-0.62, 1.91] and 1.91 [1.54, 2.29]. Seed 0.
-All 103 stages take 157 minutes by their clocks, the last 32 of them with other jobs on both cores; the first 71 took 34.
+Laplace of the members 1.81 [1.67, 1.96], and by the world's true worth 0.64 [-0.62, 1.91] and 1.91 [1.54, 2.29]. All
+103 stages took 157 minutes by their clocks, the last 32 with other jobs on both cores; the first 71 had taken 34.
 
     python -m rlhf_jax.main --config=configs/bayesian_reward.py:small --workdir=runs/bayesian_small
 
