@@ -21,7 +21,9 @@ One size, noisy labels, one seed: 5 minutes.
     python -m rlhf_jax.main --config=configs/bayesian_reward.py:FOLDER --workdir=runs/bayesian_pairs
 
 Real pairs, FOLDER/hh-rlhf/helpful-base.jsonl.gz and harmless-base.jsonl.gz {chosen, rejected}: calibration of proxies
-trained on helpful dialogues, held out there and on harmless ones. Not yet run.
+trained on helpful dialogues, held out there and on harmless ones. Seed 0: five members 0.61 nats at home, 0.83 to 0.91
+abroad, where only 43 % are called right and the variance is no larger: README has the table. 127 minutes by the clocks
+with other jobs on both cores.
 
     python -m rlhf_jax.main --config=configs/bayesian_reward.py:paper=POLICY,PROXY,GOLD,DATA --workdir=runs/paper
 
