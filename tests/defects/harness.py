@@ -106,8 +106,9 @@ def reward(rollout: Any) -> Any:
 def tiny_context(**changes: Any) -> Any:
     """What `stages.ppo` reads of a stage's context."""
     fields = dict(batch_size=8, samples=1, rollout_parts=1, iterations=3, max_new_tokens=COUNT, top_k=0, top_p=1.0)
+    fields |= dict(temperature=TEMPERATURE, stop_strings=(), decode_rows=0)
     evaluation = {"secrets": ""}
-    config = ConfigDict({**fields, "temperature": TEMPERATURE, "stop_strings": (), "evaluation": evaluation, **changes})
+    config = ConfigDict({**fields, "evaluation": evaluation, **changes})
     return SimpleNamespace(config=config, seed=0, name="ppo", key=lambda purpose: stage_key(0, "ppo", purpose))
 
 

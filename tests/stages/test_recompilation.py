@@ -65,7 +65,7 @@ def missed(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_run_stage", counted)
-        patch.setattr(reporting, "write_report", lambda workdir: "none")
+        patch.setattr(reporting, "write_report", lambda workdir: workdir / "none")
         patch.setattr(Context, "mesh", lambda context: make_mesh(devices=jax.devices()[:1]))
         jax.monitoring.register_event_listener(note)
         try:

@@ -109,6 +109,8 @@ class Machine:
         path = script if isinstance(script, Path) else SCRIPTS / script
         command = ["bash", str(path), *map(str, args)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+        # A shell that started the tests in the background has them ignore SIGINT, and bash can not undo that itself.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, env=self.environment, cwd=self.folder, **options | kwargs)
 
     def run(self, script, *args, **kwargs):

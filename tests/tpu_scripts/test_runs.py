@@ -2,10 +2,12 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS
 from test_worker import ODD, wait_for
+
+SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 
 TPU = ["gcloud", "compute", "tpus", "tpu-vm"]
 NODES = [*TPU, "list", "--zone=z", "--filter=queuedResource~/queuedResources/run$", "--sort-by=name"]

@@ -3,9 +3,11 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS
+
+SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 
 NAMES = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "common.sh")
 USER = [name for name in NAMES if name != "on_worker.sh"]  # that one is called by the others only

@@ -2,10 +2,12 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS
 from test_worker import ODD, wait_for
+
+SCRIPTS = Path(__file__).parents[2] / "tpu_scripts"
 
 
 def simulate(machine, *flags, start=False):
