@@ -28,7 +28,7 @@ def get_config(argument="llama-3.1-8b,sft,16"):
         raise ValueError(f'"{job}" is no job: {", ".join(JOBS)}')
     folder = str(MODELS / model) if (MODELS / model).is_dir() else model
     mesh = dict(fsdp=int(fsdp), tensor=int(tensor[0]) if tensor else 1)
-    rows = mesh["fsdp"]
+    rows = mesh["fsdp"] * mesh["tensor"]
     config = experiment(seed=0)
     stages, common = config.stages, dict(compute=COMPUTE, mesh=mesh)
     if job in ("sft", "private_sft"):
@@ -46,7 +46,7 @@ def get_config(argument="llama-3.1-8b,sft,16"):
     stages.reward = stage("reward", schema="preference", **scorer)
     policy = dict(
         init=folder, reward="reward", data="data/prompts.jsonl", prompt_buckets=(PROMPT,), max_new_tokens=ANSWER,
-        batch_size=8 * rows, minibatches=2, accumulation=4, epochs=1, lora=lora, **common,
+        batch_size=8 * rows, minibatches=2, accumulation=2, epochs=1, lora=lora, **common,
     )  # fmt: skip
     if job == "safe_rlhf":
         stages.cost = stage("cost", **scorer)

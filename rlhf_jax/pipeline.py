@@ -222,15 +222,17 @@ def plan_topology(config: ConfigDict, workdir: Path, topology: str) -> Iterator[
     devices = topology_devices(topology)
     contexts = {name: Context(name, config, workdir, "", devices=devices) for name in order}
     yield f"{topology}: {len(devices)} {devices[0].device_kind} chips"
-    abstract: dict[Any, Abstract] = {}
+    abstract: dict[Any, Abstract] = {}  # by mesh
     for number, name in enumerate(order, 1):
         yield f"[{number}/{len(order)}] {name} ({config.stages[name].kind})"
         if config.stages[name].kind in HOST_ONLY:
             continue
         mesh = contexts[name].mesh()
         yield "      mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        models = abstract.setdefault(mesh, Abstract(contexts, mesh))
-        yield from (f"      {line}" for line in topology_plan.describe(contexts[name], models))
+        if mesh not in abstract:
+            abstract[mesh] = Abstract(contexts, mesh)
+        notes = workdir / "topology"
+        yield from (f"      {line}" for line in topology_plan.describe(contexts[name], abstract[mesh], notes))
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

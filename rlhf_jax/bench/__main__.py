@@ -1,14 +1,18 @@
-"""`python -m rlhf_jax.bench NAME [repeats]`: one JSON line. Names are those of `WORKLOADS` and `COMPARED`."""
+"""`python -m rlhf_jax.bench NAME [repeats]`: one JSON line. Names are those of `WORKLOADS` and `COMPARED`.
+
+Names of `PRINTED` compute for chips that are not here, and take arguments of their own.
+"""
 
 import json
 import resource
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from rlhf_jax.bench import plans, scaling
 from rlhf_jax.bench.dp import dp
 from rlhf_jax.bench.laplace import laplace
 from rlhf_jax.bench.memorization import memorization
@@ -22,13 +26,17 @@ COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {
     "memorization": memorization,
     "refill": refill,
 }
+# Arguments -> the exit status.
+PRINTED: dict[str, Callable[[Sequence[str]], int]] = {"plans": plans.main, "scaling": scaling.main}
 
 
 def main(argv: list[str]) -> int:
     """Runs one workload; returns the exit status."""
-    if len(argv) < 2 or argv[1] not in (*WORKLOADS, *COMPARED):
-        print(f"error: name a workload: {', '.join((*WORKLOADS, *COMPARED))}", file=sys.stderr)
+    if len(argv) < 2 or argv[1] not in (*WORKLOADS, *COMPARED, *PRINTED):
+        print(f"error: name a workload: {', '.join((*WORKLOADS, *COMPARED, *PRINTED))}", file=sys.stderr)
         return 2
+    if argv[1] in PRINTED:
+        return PRINTED[argv[1]](argv[2:])
     repeats = int(argv[2]) if len(argv) > 2 else 8
     if argv[1] in COMPARED:
         found = COMPARED[argv[1]](repeats)

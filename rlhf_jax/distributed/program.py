@@ -52,13 +52,50 @@ def computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _trips(lines: list[str], line: str) -> float:
-    """How often a while runs: what XLA knows, or the one constant that its condition (`lines`) compares with."""
+def _named(lines: list[str], name: str) -> str:
+    """What the instruction `name` of a computation does, as text; "" where it is not there."""
+    return next(
+        (line.split(" = ", 1)[1] for line in lines if re.match(rf"\s*(ROOT )?%?{re.escape(name)} = ", line)), ""
+    )
+
+
+def _constant(text: str) -> int | None:
+    match = re.search(r"[su]32\[\][^ ]* constant\((\d+)\)", text)
+    return int(match.group(1)) if match else None
+
+
+def _trips(found: dict[str, list[str]], line: str) -> float:
+    """How often a while (`line`) runs: what XLA knows, or its bound over what a round of its body adds."""
     known = re.search(r'known_trip_count[^0-9]*"?(\d+)', line)
-    if known:
-        return int(known.group(1))
-    bounds = [int(n) for text in lines for n in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", text)]
-    return max(bounds) if bounds else 1
+    condition, body = (re.search(rf"{what}=%?([\w.\-]+)", line) for what in ("condition", "body"))
+    if known or not condition or not body:
+        return int(known.group(1)) if known else 1
+    tests = found[condition.group(1)]
+    bounds = [n for n in map(_constant, tests) if n is not None]
+    counters = [re.search(r"[su]32\[\].* get-tuple-element\(.*index=(\d+)", text) for text in tests]
+    counter = next((int(match.group(1)) for match in counters if match), None)
+    return math.ceil(max(bounds) / _added(found, found[body.group(1)], counter)) if bounds else 1
+
+
+def _added(found: dict[str, list[str]], body: list[str], counter: int | None) -> float:
+    """What a round of a loop adds to its counter, itself or by a loop inside of it; 1 where that can not be read."""
+    root = next((text for text in body if re.match(r"\s*ROOT .* tuple\(", text)), None)
+    if root is None or counter is None:
+        return 1
+
+    def grown(name: str) -> float | None:
+        """A constant, or how far a loop inside counts."""
+        text = _named(body, name)
+        handed = re.search(r" get-tuple-element\(.*%([\w.\-]+)\), index=(\d+)", text)
+        inner = _named(body, handed.group(1)) if handed else ""
+        again = re.search(r" while\(.*body=%?([\w.\-]+)", inner)
+        if not handed or not again:
+            return _constant(text)
+        return _trips(found, inner) * _added(found, found[again.group(1)], int(handed.group(2)))
+
+    result = re.findall(r"%([\w.\-]+)", root.split(" tuple(", 1)[1])[counter]
+    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", _named(body, result))
+    return next(filter(None, map(grown, added.groups() if added else (result,))), 1)
 
 
 def times(found: dict[str, list[str]]) -> dict[str, float]:
@@ -70,8 +107,7 @@ def times(found: dict[str, list[str]]) -> dict[str, float]:
         for line in found[name]:
             body = re.search(r"body=%?([\w.\-]+)", line)
             if body:
-                condition = re.search(r"condition=%?([\w.\-]+)", line)
-                visit(body.group(1), often * _trips(found[condition.group(1)] if condition else [], line))
+                visit(body.group(1), often * _trips(found, line))
                 continue
             for called in re.findall(r"(?:calls|to_apply|\w+_computation)=%?([\w.\-]+)", line):
                 if called in found:
@@ -109,14 +145,20 @@ def _group(line: str, devices: int) -> int:
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The exchanges between devices in an optimized HLO module, those that send most first."""
+    """The exchanges between devices in an optimized HLO module, those that send most first.
+
+    On TPU one exchange goes on beside several computations, each of which names it: a channel counts once.
+    """
     found = computations(text)
-    out = []
+    out, seen = [], set()
     for name, often in times(found).items():
         for line in found[name]:
             match = re.search(rf"= (.*?) ({'|'.join(SENT)})(?:-start)?\(", line)
-            if not match:
+            channel = re.search(r"channel_id=(\d+).*chain_id", line)
+            if not match or (channel and channel.group(1) in seen):
                 continue
+            if channel:
+                seen.add(channel.group(1))
             shape, size = _largest(re.findall(r"([a-z]\w*)\[([\d,]*)\]", match.group(1)))
             group = _group(line, devices)
             if match.group(2) == "reduce-scatter":

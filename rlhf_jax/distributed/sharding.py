@@ -97,6 +97,11 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Any, table: Table = TRAINING) -
     return jax.tree.map(lambda leaf, names: NamedSharding(mesh, _spec(names, leaf.shape, mesh, table)), shapes, axes)
 
 
+def shapes_at(like: Any, shardings: Any) -> Any:
+    """A tree's shapes and dtypes with their places, for what is loaded or only compiled."""
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, shardings)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

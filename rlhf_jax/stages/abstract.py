@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.config import is_folder, scoring_model
-from rlhf_jax.distributed.sharding import tree_shardings
+from rlhf_jax.distributed.sharding import shapes_at, tree_shardings
 from rlhf_jax.models.heads import init_head
 from rlhf_jax.models.leaves import base_leaves, shapes
 from rlhf_jax.models.pretrained import is_reward_model
@@ -30,8 +30,7 @@ class NoTokenizer:
 
 def placed(spec: RoleSpec, like: Weights, mesh: Mesh) -> Weights:
     """A role's weights as shapes with their shardings."""
-    at = tree_shardings(like, weight_axes(spec, like), mesh)
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), like, at)
+    return shapes_at(like, tree_shardings(like, weight_axes(spec, like), mesh))
 
 
 def made_of(function: Callable[[Role], Role], role: Role, mesh: Mesh) -> Role:
@@ -90,7 +89,7 @@ class Abstract:
         """What a stage leaves: the parts that it trains are its own."""
         role = self.start(name)
         trained, frozen = split(role.spec, role.weights)
-        own = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding), trained)
+        own = shapes_at(trained, jax.tree.map(lambda leaf: leaf.sharding, trained))
         return dataclasses.replace(role, weights={**frozen, **own})
 
     def _folder(self, reference: str) -> Role:

@@ -16,10 +16,9 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import is_function, is_private, score_sources
 from rlhf_jax.data.poisson import recommended_batch
-from rlhf_jax.distributed.sharding import ROLLOUT, batch_sharding, replicated, tree_shardings
+from rlhf_jax.distributed.sharding import ROLLOUT, batch_sharding, replicated, shapes_at
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.heads import init_head
-from rlhf_jax.models.leaves import axes, base_leaves, shapes
 from rlhf_jax.models.roles import Weights, scaled_adapters, split, training_passes, weight_axes, without_heads
 from rlhf_jax.objectives.records import Objective
 from rlhf_jax.privacy.clipping import choose_backend
@@ -29,6 +28,7 @@ from rlhf_jax.rollout.scoring import RoleScores
 from rlhf_jax.stages.abstract import Abstract, made_of
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.cost import cost_objective
+from rlhf_jax.stages.footprint import Decoder, cache_bytes, remade
 from rlhf_jax.stages.ppo import ppo_config
 from rlhf_jax.stages.ppo_roles import Roles, assemble
 from rlhf_jax.stages.preference import preference_config
@@ -64,7 +64,7 @@ class Program:
 
     Attributes:
       name: what a stage calls it for.
-      lowered: what is compiled.
+      lower: () -> what is compiled.
       arguments: what it is given.
       flops: analytic, of all devices together, what the backward pass computes anew counted.
       useful: those without it.
@@ -74,7 +74,7 @@ class Program:
     """
 
     name: str
-    lowered: Any
+    lower: Callable[[], Any]
     arguments: Tree
     flops: float
     useful: float
@@ -131,26 +131,27 @@ def programs_of(context: Context, abstract: Abstract, mesh: Mesh) -> Programs | 
     kind, batches = context.config.kind, _Batches(mesh)
     if kind == "ppo":
         roles = _abstract_roles(context, ppo_config(context.config), abstract, batches)  # keys are made on this CPU
-        with jax.set_mesh(mesh):
-            return _policy(context, roles, batches)
-    if kind in STEPS_OF:
+        make = partial(_policy, context, roles, batches)
+    elif kind in STEPS_OF:
         role, reference = abstract.start(context.name), context.config.get("reference", "")
         other = abstract.load(reference) if reference not in ("", context.config.init) else role
-        with jax.set_mesh(mesh):
-            return _trained(context, role, other, batches)
-    if kind in ANSWERING:
+        make = partial(_trained, context, role, other, batches)
+    elif kind in ANSWERING:
         role = abstract.load(context.config.get("subject") or context.config.policy)
-        with jax.set_mesh(mesh):
-            return _answers(context, role, batches)
-    return None
+        make = partial(_answers, context, role, batches)
+    else:
+        return None
+    with jax.set_mesh(mesh):
+        made = make()
+    return Programs(made.kept, [dataclasses.replace(p, lower=partial(_on, mesh, p.lower)) for p in made.programs])
+
+
+def _on(mesh: Mesh, lower: Callable[[], Any]) -> Any:
+    with jax.set_mesh(mesh):
+        return lower()
 
 
 # --- stages of one step ----------------------------------------------------------------------------------------------
-
-
-def _recomputed(shape: TransformerConfig) -> float:
-    """Forward passes that the backward pass makes anew."""
-    return {"none": 0.0, "dots": 0.1, "full": 1.0}[shape.remat]
 
 
 def _answers_columns(batches: _Batches, rows: int, width: int, members: int = 1) -> dict[str, Any]:
@@ -265,9 +266,9 @@ def _trained(context: Context, role: Role, reference: Role, batches: _Batches) -
     forward = rows * positions * shape.forward_flops(config.sequence_length, logits)
     program = Program(
         "step",
-        step.lower(state, given, batch),
+        partial(step.lower, state, given, batch),
         (state, given, batch),
-        flops=(passes + _recomputed(shape)) * forward,
+        flops=(passes + remade(shape)) * forward,
         useful=passes * forward,
     )
     kept = {"weights": (state.params, frozen), "optimizer": state.opt_state}
@@ -297,25 +298,16 @@ def _rollout(context: Context, role: Role, weights: Weights, batches: _Batches, 
     adapters = None
     if role.spec.lora is not None:
         like = jax.eval_shape(lambda w: scaled_adapters(role.spec, w), weights)
-        adapters = jax.tree.map(
-            lambda s, old: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=old.sharding), like, weights["adapters"]
-        )
+        adapters = shapes_at(like, jax.tree.map(lambda leaf: leaf.sharding, weights["adapters"]))
     arguments = weights["base"], batch, batches.key, adapters
-    lowered = jax.jit(lambda base, batch, key, adapters: decode(base, batch, key, samples, adapters)).lower(*arguments)
+    program = jax.jit(lambda base, batch, key, adapters: decode(base, batch, key, samples, adapters))
     tokens = width + config.max_new_tokens
     at_once = min(config.decode_rows or prompts * samples, prompts * samples)
-    leaves = base_leaves(shape)
-    like = shapes(leaves, shape.dtype)
-    at = tree_shardings(like, axes(leaves), mesh, ROLLOUT)
-    prepared = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), like, at)
-    tensor = mesh.shape["tensor"]
-    heads = shape.kv_heads // tensor if shape.kv_heads % tensor == 0 else shape.kv_heads
-    itemsize = jnp.dtype(shape.dtype).itemsize
-    cache = math.ceil(at_once / batches.shards) * tokens * shape.layers * 2 * heads * shape.head_dim * itemsize
+    cache = cache_bytes(shape, math.ceil(at_once / batches.shards), tokens, mesh.shape["tensor"])
     rounds = prompts * samples / at_once
     flops = prompts * samples * tokens * shape.forward_flops(tokens)
-    read = rounds * config.max_new_tokens * (bytes_on_device(prepared) + cache)
-    return Program("rollout", lowered, arguments, flops, flops, read=read, cache=cache)
+    read = rounds * config.max_new_tokens * (Decoder(shape, dict(mesh.shape)).base(shape.dtype, ROLLOUT) + cache)
+    return Program("rollout", partial(program.lower, *arguments), arguments, flops, flops, read=read, cache=cache)
 
 
 def _answers(context: Context, role: Role, batches: _Batches) -> Programs:
@@ -368,12 +360,12 @@ def _policy(context: Context, roles: Roles, batches: _Batches) -> Programs:
     tokens = config.batch_size * (_prompt_width(context, shape) + config.max_new_tokens)
     forward = tokens * shape.forward_flops(tokens // config.batch_size)
     programs = [rollout]
-    for name, lowered, given, passes in _scores(roles, acting, answers, parts, bool(config.stop_strings)):
-        programs.append(Program(name, lowered, given, passes * forward, passes * forward))
-    lowered, given = _update(settings, roles, state, answers, optimizer, shardings, batches)
+    for name, lower, given, passes in _scores(roles, acting, answers, parts, bool(config.stop_strings)):
+        programs.append(Program(name, lower, given, passes * forward, passes * forward))
+    lower, given = _update(settings, roles, state, answers, optimizer, shardings, batches)
     passes = settings.epochs * sum(training_passes(role.spec) for role in roles.trained().values())
-    again = settings.epochs * len(roles.trained()) * _recomputed(shape)
-    programs.append(Program("update", lowered, given, (passes + again) * forward, passes * forward))
+    again = settings.epochs * len(roles.trained()) * remade(shape)
+    programs.append(Program("update", lower, given, (passes + again) * forward, passes * forward))
     kept = {
         "policy": acting["policy"],
         **{name: weights for name, weights in acting.items() if name != "policy"},
@@ -403,26 +395,36 @@ def _answers_of(context: Context, roles: Roles, batches: _Batches) -> Rollout:
 def _scores(
     roles: Roles, acting: dict[str, Weights], rollout: Rollout, parts: int, stop_strings: bool
 ) -> Iterator[tuple[str, Any, Tree, int]]:
-    """(name, lowered, arguments, forward passes) of what reads a rollout, as `Roles.score` and the judges do."""
+    """(name, lowering, arguments, forward passes) of what reads a rollout, as `Roles.score` and the judges do."""
     spec = roles.policy.spec
     if roles.together:
         adapters = {name: acting[name]["adapters"] for name in acting} | {"reference": roles.reference["adapters"]}
         cost_head = acting["cost_value"]["head"] if roles.cost_value else None
         given = (roles.policy.weights["base"], adapters, acting["value"]["head"], rollout)
-        yield "scores", score_together.lower(spec, *given, parts, cost_head), (*given, cost_head), len(adapters)
+        yield (
+            "scores",
+            partial(score_together.lower, spec, *given, parts, cost_head),
+            (*given, cost_head),
+            len(adapters),
+        )
     else:
         policy = (acting["policy"], rollout)
         if roles.settings.shares_critic:
-            yield "scores of the policy", score_shared.lower(spec, *policy, parts), policy, 1
+            yield "scores of the policy", partial(score_shared.lower, spec, *policy, parts), policy, 1
         reference = (roles.reference, rollout)
-        yield "log-probabilities", score_logprobs.lower(spec, *reference, parts), reference, 2
+        yield "log-probabilities", partial(score_logprobs.lower, spec, *reference, parts), reference, 2
         for name, role in list(roles.trained().items())[1:]:
             critic = (acting[name], rollout)
-            yield f"values ({name})", score_values.lower(role.spec, *critic, parts), critic, 1
+            yield f"values ({name})", partial(score_values.lower, role.spec, *critic, parts), critic, 1
     for what, judge in roles.judges().items():
         for role in judge.roles.values():
             judged = (role.weights, rollout)
-            yield f"{what}s", score_rewards.lower(role.spec, *judged, parts, stop_strings), judged, role.spec.members
+            yield (
+                f"{what}s",
+                partial(score_rewards.lower, role.spec, *judged, parts, stop_strings),
+                judged,
+                role.spec.members,
+            )
 
 
 def _update(
@@ -434,16 +436,15 @@ def _update(
     shardings: TrainState,
     batches: _Batches,
 ) -> tuple[Any, Tree]:
-    """(lowered, arguments) of the update of a scored rollout."""
+    """(lowering, arguments) of the update of a scored rollout."""
     policy, rows, new = roles.policy.spec, rollout.tokens.shape[0], rollout.tokens.shape[1]
-    value = None if roles.value is None else roles.value.spec
-    cost_value = None if roles.cost_value is None else roles.cost_value.spec
+    value, cost_value = roles.critic_specs
     column, scores = batches.rows(rows, new, dtype=jnp.float32), batches.rows(rows, dtype=jnp.float32)
     costs = scores if settings.constraint else None
     if settings.single:
         update = make_single_update(settings, policy, value, optimizer, shardings, 1, cost_value)
         given: tuple[Any, ...] = (state, roles.frozen, rollout, column, scores, {}, None, costs)
-        return update.lower(*given), given
+        return partial(update.lower, *given), given
     update = make_update(settings, policy, value, optimizer, shardings, 1, cost_value)
     read = RoleScores(column, column, column, column, column if settings.constraint else None)
     experience, _, _ = jax.eval_shape(
@@ -451,4 +452,4 @@ def _update(
     )
     experience = batches.of(experience, rows)
     given = (state, roles.frozen, experience, batches.whole(jax.ShapeDtypeStruct((), jnp.float32)), batches.key)
-    return update.lower(*given), given
+    return partial(update.lower, *given), given

@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rlhf_jax.config import is_folder, is_function, score_sources, scoring_model
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rlhf_jax.distributed.sharding import ROLLOUT, TRAINING, Table, tree_shardings
+from rlhf_jax.distributed.chips import GIB
+from rlhf_jax.distributed.sharding import ROLLOUT
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.leaves import axes, base_leaves, count, shapes
 from rlhf_jax.models.lora import adapter_axes, init_adapters
 from rlhf_jax.models.quantized import quantized_axes, quantized_shapes
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.footprint import Decoder, bytes_per_device, cache_bytes
 from rlhf_jax.stages.judges import source_names
 from rlhf_jax.training.artifacts import checkpoint_config, checkpoint_tokenizer, computed
 from rlhf_jax.validation import REFERENCE_FREE
@@ -134,13 +134,6 @@ def _reference_base(context: Context) -> str:
     return base_of(context, config.init) if policy == context.name else policy
 
 
-def bytes_per_device(like: Any, names: Any, mesh: Mesh, table: Table = TRAINING) -> int:
-    """What a tree takes on one device when it is placed as in training, or by another table."""
-    at = tree_shardings(like, names, mesh, table)
-    each = jax.tree.map(lambda s, sharding: math.prod(sharding.shard_shape(s.shape)) * s.dtype.itemsize, like, at)
-    return sum(jax.tree.leaves(each))
-
-
 def _moments(config: Any, param_dtype: str) -> float:
     """Bytes a trained parameter takes in gradient and optimizer, over its own: adafactor's factors are not counted."""
     first = 2 if config.optimizer.moment_dtype else 4
@@ -152,29 +145,19 @@ def _ppo_working_memory(context: Context, shape: TransformerConfig, trained: int
     """What a rollout and an update take on one device beside the weights: an estimate, by the largest arrays alone.
 
     A rollout has the merged weights once more, by its own table and in the dtype of products, and the cache of its
-    rows. An update keeps of each trained role what the backward pass reads of a microbatch: with remat "full" a layer's
-    input each, and all of one layer.
+    rows.
     """
-    config, mesh = context.config, context.mesh()
+    config, on = context.config, Decoder(shape, dict(context.mesh().shape))
     longest = max(config.prompt_buckets, default=shape.context - config.max_new_tokens)
-    tokens, tensor = longest + config.max_new_tokens, mesh.shape["tensor"]
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = math.ceil(config.batch_size / config.rollout_parts / shards)
-    micro = math.ceil(config.batch_size / (config.minibatches * config.accumulation) / shards)
-    size = jnp.dtype(shape.dtype).itemsize
-    base = base_leaves(shape)
-    weights = bytes_per_device(shapes(base, shape.dtype), axes(base), mesh, ROLLOUT)
-    kv_heads = shape.kv_heads // tensor if shape.kv_heads % tensor == 0 else shape.kv_heads
-    cache = rows * tokens * shape.layers * 2 * kv_heads * shape.head_dim * size
-    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    layer = micro * tokens * size * (4 * shape.width + 3 * (attention + 2 * shape.ffn) // tensor)
-    inputs = micro * tokens * size * shape.layers * shape.width
-    kept = trained * (inputs + layer) if shape.remat == "full" else trained * shape.layers * layer
-    gib = 2**30
+    tokens = longest + config.max_new_tokens
+    rows = math.ceil(config.batch_size / config.rollout_parts / on.shards)
+    micro = math.ceil(config.batch_size / (config.minibatches * config.accumulation) / on.shards)
+    weights, cache = on.base(shape.dtype, ROLLOUT), cache_bytes(shape, rows, tokens, on.tensor)
+    kept = on.backward(micro * tokens, trained)
     return [
-        f"rollout: about {(weights + cache) / gib:.2f} GiB more per device: weights as decoding reads them "
-        f"{weights / gib:.2f}, cache of {rows} answers of {tokens} tokens {cache / gib:.2f}",
-        f"update: about {kept / gib:.2f} GiB more per device: {micro} answers of {tokens} tokens through {trained} "
+        f"rollout: about {(weights + cache) / GIB:.2f} GiB more per device: weights as decoding reads them "
+        f"{weights / GIB:.2f}, cache of {rows} answers of {tokens} tokens {cache / GIB:.2f}",
+        f"update: about {kept / GIB:.2f} GiB more per device: {micro} answers of {tokens} tokens through {trained} "
         f"trained role(s), remat {shape.remat}",
     ]
 

@@ -249,8 +249,7 @@ def _learner(context: Context, roles: Roles, mixed: "_Mixed | None", optimizer: 
     Scores are waited for last: reward functions run on the host while the device reads the rollout.
     """
     settings, policy = roles.settings, roles.policy.spec
-    value = None if roles.value is None else roles.value.spec
-    cost_value = None if roles.cost_value is None else roles.cost_value.spec
+    value, cost_value = roles.critic_specs
     segments = mixed.segments if mixed else 1
     parts = settings.minibatches * settings.accumulation
     if settings.single:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.schemas import Record
 from rlhf_jax.models.heads import init_head
-from rlhf_jax.models.roles import Weights, split, training_passes, without_heads
+from rlhf_jax.models.roles import RoleSpec, Weights, split, training_passes, without_heads
 from rlhf_jax.rollout import Rollout
 from rlhf_jax.rollout.scoring import RoleScores
 from rlhf_jax.stages.context import Context
@@ -60,6 +60,12 @@ class Roles:
     def trained(self) -> dict[str, Role]:
         critics = {"value": self.value, "cost_value": self.cost_value}
         return {"policy": self.policy} | {name: role for name, role in critics.items() if role is not None}
+
+    @property
+    def critic_specs(self) -> tuple[RoleSpec | None, RoleSpec | None]:
+        """What the critics of rewards and of costs are, where they are their own."""
+        value, cost_value = (role.spec if role else None for role in (self.value, self.cost_value))
+        return value, cost_value
 
     def judges(self) -> dict[str, Judge]:
         return {"reward": self.judge} | ({} if self.cost_judge is None else {"cost": self.cost_judge})

@@ -228,9 +228,8 @@ def make_private_iteration(
     Nothing raw leaves it: neither metrics nor guards read the rollout.
     """
     settings, policy = roles.settings, roles.policy.spec
-    value = None if roles.value is None else roles.value.spec
+    value, cost_value = roles.critic_specs
     step = private_step(context, private, roles, positions)
-    cost_value = None if roles.cost_value is None else roles.cost_value.spec
     update = make_private_update(settings, policy, value, step, optimizer, shardings, private.canaries, cost_value)
     parts = settings.minibatches * settings.accumulation
 

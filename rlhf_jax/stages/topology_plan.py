@@ -1,41 +1,64 @@
 """What `--topology` says: each stage's programs compiled for a slice, against what its chips have and can do."""
 
 import dataclasses
+import hashlib
+import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import jax
+
 from rlhf_jax.distributed.chips import GIB, Chip, chip_of
-from rlhf_jax.distributed.program import Collective, collectives, memory_of
+from rlhf_jax.distributed.program import Collective, Memory, collectives, memory_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.stages.abstract import Abstract
 from rlhf_jax.stages.ahead import Program, Programs, bytes_on_device, programs_of
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.footprint import roofline
 
 SHOWN = 3  # collectives of a program, those that send most
 
 
 @dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the compiler says of a program.
+
+    Attributes:
+      memory: of one device; None where it refused the program for want of it.
+      refused: bytes that it said it would need, where it refused.
+      exchanges: collectives, those that send most first.
+      seconds: that compiling took.
+    """
+
+    memory: Memory | None
+    refused: float
+    exchanges: list[Collective]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came out of compiling a program.
+    """A program against a chip.
 
     Attributes:
       memory: bytes that one device needs for the call, all that the stage keeps counted.
       temporary: of them those of the call alone.
-      exchanges: collectives, those that send most first; () where it did not fit.
-      fits: whether the compiler found room.
+      fits: whether they are there.
       seconds: {what bounds it: the least time that takes}: "compute", "memory", "network".
-      mfu: useful FLOPs over what the chips could do in the longest of these; 0 for programs that are not bound so.
+      devices: of the slice.
     """
 
     program: Program
+    facts: Facts
     memory: float
     temporary: float
-    exchanges: list[Collective]
     fits: bool
     seconds: dict[str, float]
-    compile_seconds: float
+    chip: Chip
+    devices: int
 
     @property
     def bound(self) -> str:
@@ -46,85 +69,158 @@ class Compiled:
         """Seconds of a call, if what bounds it hides all else."""
         return max(self.seconds.values())
 
-    def mfu(self, chip: Chip, devices: int) -> float:
-        return self.program.useful / (self.time * devices * chip.flops)
+    @property
+    def mfu(self) -> float:
+        """Useful FLOPs over what the chips could do in `time`."""
+        return self.program.useful / (self.time * self.devices * self.chip.flops)
 
 
-def roofline(program: Program, chip: Chip, devices: int, sent: float) -> dict[str, float]:
-    """The least seconds of a call by what bounds it; `sent` bytes leave each device along one axis of the torus."""
-    return {
-        "compute": program.flops / (devices * chip.flops),
-        "memory": program.read / chip.bandwidth,
-        "network": sent / chip.link if chip.link else 0.0,
-    }
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """A stage on a slice.
+
+    Attributes:
+      sizes: {what it keeps: bytes on one device}; what several parts hold counts for the first.
+      compiled: its programs; none where already what it keeps is too much, and fewer where the first that did not fit
+        was enough to know.
+    """
+
+    programs: Programs
+    sizes: dict[str, int]
+    compiled: list[Compiled]
+    chip: Chip
+
+    @property
+    def resident(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def fits(self) -> bool:
+        return len(self.compiled) == len(self.programs.programs) and all(one.fits for one in self.compiled)
+
+    @property
+    def worst(self) -> Compiled:
+        return max(self.compiled, key=lambda one: one.memory)
+
+    @property
+    def time(self) -> float:
+        """Seconds of one iteration, each program bound by what bounds it most."""
+        return sum(one.time * one.program.calls for one in self.compiled)
 
 
-def _used(message: str) -> float:
+def _needed(message: str) -> float:
     """Bytes that a program would have needed, from the compiler's refusal."""
-    match = re.search(r"Used ([\d.]+)([GMK]) of", message)
+    match = re.search(r"Used ([\d.]+)([GMK]) of", message) or re.search(r"\(([\d.]+)([GMK])\) exceeds", message)
     return float(match.group(1)) * {"G": GIB, "M": 2**20, "K": 2**10}[match.group(2)] if match else float("inf")
 
 
-def compile_program(program: Program, kept: Any, chip: Chip, devices: int) -> Compiled:
-    """Compiles for the mesh that it was lowered for."""
+def _compile(lowered: Any, devices: int) -> Facts:
     began = time.monotonic()
-    resident = bytes_on_device(kept)
-    given = bytes_on_device((kept, program.arguments)) - resident  # of the call alone
     try:
-        compiled = program.lowered.compile()
+        compiled = lowered.compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = _used(str(error))
-        seconds = roofline(program, chip, devices, 0.0)
-        return Compiled(program, max(used, resident + given), used, [], False, seconds, time.monotonic() - began)
-    memory = memory_of(compiled)
-    exchanges = collectives(compiled.as_text(), devices)
-    total = resident + given + memory.outputs + memory.temporary
-    seconds = roofline(program, chip, devices, sum(exchange.sent for exchange in exchanges))
-    fits = total <= chip.memory
-    return Compiled(program, total, memory.temporary, exchanges, fits, seconds, time.monotonic() - began)
+        return Facts(None, _needed(str(error)), [], time.monotonic() - began)
+    memory, exchanges = memory_of(compiled), collectives(compiled.as_text(), devices)
+    return Facts(memory, 0.0, exchanges, time.monotonic() - began)
 
 
-def plan_stage(context: Context, abstract: Abstract) -> tuple[Programs, list[Compiled]] | None:
-    """The compiled programs of a stage; None of a kind without any."""
-    mesh = context.mesh()
-    programs = programs_of(context, abstract, mesh)
-    if programs is None:
-        return None
-    chip = chip_of(mesh.devices.flat[0].device_kind)
-    if chip is None:
-        raise UserError(f"{mesh.devices.flat[0].device_kind}: no data sheet of this chip is known")
-    return programs, [compile_program(p, programs.kept, chip, mesh.size) for p in programs.programs]
+def facts_of(program: Program, devices: int, target: str, notes: Path | None = None) -> Facts:
+    """What the compiler says of a program, from `notes` where that folder has it already.
+
+    Args:
+      target: names what it is compiled for, as the chips' kind.
+    """
+    lowered = program.lower()
+    if notes is None:
+        return _compile(lowered, devices)
+    text = f"{jax.__version__} {target} {devices} {lowered.as_text()}"
+    note = notes / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    if note.exists():
+        kept = json.loads(note.read_text())
+        memory = Memory(**kept["memory"]) if kept["memory"] else None
+        return Facts(memory, kept["refused"], [Collective(**e) for e in kept["exchanges"]], kept["seconds"])
+    facts = _compile(lowered, devices)
+    notes.mkdir(parents=True, exist_ok=True)
+    unfinished = note.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(dataclasses.asdict(facts)))
+    unfinished.replace(note)
+    return facts
 
 
-def describe(context: Context, abstract: Abstract) -> Iterator[str]:
-    """The lines of one stage."""
-    planned = plan_stage(context, abstract)
-    if planned is None:
-        yield "no program of its own on the devices, or one that is not planned"
-        return
-    programs, compiled = planned
-    mesh = context.mesh()
-    chip = chip_of(mesh.devices.flat[0].device_kind)
-    assert chip is not None
+def against(program: Program, facts: Facts, kept: Any, chip: Chip, devices: int) -> Compiled:
+    """A compiled program against a chip, beside what the stage keeps."""
+    resident = bytes_on_device(kept)
+    given = bytes_on_device((kept, program.arguments)) - resident  # of the call alone
+    if facts.memory is None:
+        memory, temporary = max(facts.refused, resident + given), facts.refused
+    else:
+        temporary = facts.memory.temporary
+        memory = resident + given + facts.memory.outputs + temporary
+    sent = sum(exchange.sent for exchange in facts.exchanges)
+    seconds = roofline(program.flops, program.read, sent, chip, devices)
+    fits = facts.memory is not None and memory <= chip.memory
+    return Compiled(program, facts, memory, temporary, fits, seconds, chip, devices)
+
+
+def _sizes(kept: dict[str, Any]) -> dict[str, int]:
+    """{what is kept: bytes on one device}; what several hold counts for the first."""
     sizes: dict[str, int] = {}
     seen: list[Any] = []
-    for what, tree in programs.kept.items():  # what several hold counts for the first
+    for what, tree in kept.items():
         before = bytes_on_device(seen)
         seen.append(tree)
         sizes[what] = bytes_on_device(seen) - before
-    held = ", ".join(f"{what} {size / GIB:.2f}" for what, size in sizes.items())
-    yield f"kept on each chip: {sum(sizes.values()) / GIB:.2f} GiB ({held})"
-    for one in compiled:
-        yield from _lines(one, chip, mesh.size)
-    worst = max(compiled, key=lambda one: one.memory)
-    if not all(one.fits for one in compiled):
-        yield f"DOES NOT FIT: {advice(context, programs, worst, sizes, chip)}"
+    return sizes
 
 
-def _lines(one: Compiled, chip: Chip, devices: int) -> Iterator[str]:
-    program = one.program
+def plan_stage(
+    context: Context, abstract: Abstract, notes: Path | None = None, *, every: bool = True
+) -> StagePlan | None:
+    """The programs of a stage, compiled for its mesh; None of a kind without any.
+
+    Args:
+      every: whether to go on behind a program that does not fit.
+
+    Raises:
+      UserError: nothing is known of the mesh's chips.
+    """
+    mesh = context.mesh()
+    kind = mesh.devices.flat[0].device_kind
+    chip = chip_of(kind)
+    if chip is None:
+        raise UserError(f"{kind}: no data sheet of this chip is known")
+    programs = programs_of(context, abstract, mesh)
+    if programs is None:
+        return None
+    sizes, compiled = _sizes(programs.kept), []
+    if sum(sizes.values()) <= chip.memory:
+        target = f"{kind} {[device.coords for device in mesh.devices.flat] if mesh.size > 1 else ''}"
+        for program in sorted(programs.programs, key=lambda program: program.cache > 0):  # decoding compiles longest
+            facts = facts_of(program, mesh.size, target, notes)
+            compiled.append(against(program, facts, programs.kept, chip, mesh.size))
+            if not (every or compiled[-1].fits):
+                break
+    return StagePlan(programs, sizes, compiled, chip)
+
+
+def describe(context: Context, abstract: Abstract, notes: Path | None = None) -> Iterator[str]:
+    """The lines of one stage."""
+    plan = plan_stage(context, abstract, notes)
+    if plan is None:
+        yield "no program of its own on the devices, or one that is not planned"
+        return
+    held = ", ".join(f"{what} {size / GIB:.2f}" for what, size in plan.sizes.items())
+    yield f"kept on each chip: {plan.resident / GIB:.2f} GiB ({held})"
+    for one in plan.compiled:
+        yield from _lines(one)
+    if not plan.fits:
+        yield f"DOES NOT FIT: {advice(context, plan)}"
+
+
+def _lines(one: Compiled) -> Iterator[str]:
+    program, chip = one.program, one.chip
     parts = f"temporary {one.temporary / GIB:.2f}"
     if program.cache:
         parts += f", of it keys and values {program.cache / GIB:.2f}"
@@ -133,9 +229,9 @@ def _lines(one: Compiled, chip: Chip, devices: int) -> Iterator[str]:
     times = ", ".join(f"{what} {seconds:.3g} s" for what, seconds in one.seconds.items() if seconds)
     yield (
         f"{program.name}: {room}; at least {one.time:.3g} s, bound by {one.bound} ({times}), MFU at most "
-        f"{one.mfu(chip, devices):.0%}; {program.flops / 1e12:.3g} TFLOP; compiled in {one.compile_seconds:.0f} s"
+        f"{one.mfu:.0%}; {program.flops / 1e12:.3g} TFLOP; compiled in {one.facts.seconds:.0f} s"
     )
-    for exchange in one.exchanges[:SHOWN]:
+    for exchange in one.facts.exchanges[:SHOWN]:
         if exchange.sent > 2**20:
             yield (
                 f"    {exchange.kind} {exchange.shape} {exchange.times:.0f} times: {exchange.sent / GIB:.3g} GiB sent "
@@ -143,13 +239,14 @@ def _lines(one: Compiled, chip: Chip, devices: int) -> Iterator[str]:
             )
 
 
-def advice(context: Context, programs: Programs, worst: Compiled, sizes: dict[str, int], chip: Chip) -> str:
-    """Which field to change for a program that does not fit."""
-    config, where = context.config, f"stages.{context.name}"
-    resident, over = sum(sizes.values()), worst.memory - chip.memory
-    needed = f"{worst.program.name} needs {worst.memory / GIB:.2f} GiB and a chip has {chip.memory / GIB:.2f}: "
-    largest = max(sizes, key=lambda what: sizes[what])
-    if resident > 0.8 * chip.memory:
+def advice(context: Context, plan: StagePlan) -> str:
+    """Which field to change for a stage that does not fit."""
+    config, where, chip = context.config, f"stages.{context.name}", plan.chip
+    most = plan.worst.memory if plan.compiled else plan.resident
+    what = plan.worst.program.name if plan.compiled else "what is kept"
+    needed = f"{what} needs {most / GIB:.2f} GiB and a chip has {chip.memory / GIB:.2f}: "
+    largest = max(plan.sizes, key=lambda part: plan.sizes[part])
+    if plan.resident > 0.8 * chip.memory:
         knobs = [f"{where}.mesh.fsdp={2 * context.mesh().shape['fsdp']} on twice the chips"]
         if "lora" in config and not config.lora.rank:
             knobs.insert(0, f"{where}.lora.rank=16")
@@ -158,11 +255,13 @@ def advice(context: Context, programs: Programs, worst: Compiled, sizes: dict[st
         if largest == "optimizer":
             knobs.insert(0, f'{where}.optimizer.moment_dtype="bfloat16"')
         return f"{needed}what is kept ({largest} most of all) leaves too little; try {', or '.join(knobs)}"
-    if worst.program.cache:
+    program = plan.worst.program
+    if program.cache:
         rows = max(1, config.batch_size // (2 * config.get("rollout_parts", 1)))
-        held = worst.program.cache / GIB
-        return f"{needed}try {where}.decode_rows={rows}, or a larger {where}.mesh.tensor (the cache is {held:.2f})"
-    if "accumulation" in config and over > 0:
+        knob = f"{where}.mesh.tensor={2 * context.mesh().shape['tensor']}, by which decoding shards the weights"
+        held = program.cache / GIB
+        return f"{needed}try {knob}, or {where}.decode_rows={rows} (keys and values take {held:.2f})"
+    if "accumulation" in config:
         knobs = [f"{where}.accumulation={2 * config.accumulation}"]
         if config.compute.remat != "full":
             knobs.insert(0, f'{where}.compute.remat="full"')

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from rlhf_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from rlhf_jax.distributed.sharding import tree_shardings
+from rlhf_jax.distributed.sharding import shapes_at, tree_shardings
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import HOW, TransformerConfig
 from rlhf_jax.models.heads import init_head
@@ -101,7 +101,7 @@ def _like(spec: RoleSpec, parts: list[str], mesh: Mesh) -> Weights:
         like = {**shared, **wide}
     like = {name: like[name] for name in parts}
     at = tree_shardings(like, weight_axes(spec, like), mesh)
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), like, at)
+    return shapes_at(like, at)
 
 
 def read_info(workdir: Path, stage: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from rlhf_jax.distributed.sharding import replicated, tree_shardings
+from rlhf_jax.distributed.sharding import replicated, shapes_at, tree_shardings
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.gradient import GradientFunction
 
@@ -259,7 +259,7 @@ def init_state(
     rate = None if learning_rate is None else np.float32(learning_rate)
     if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
         like = jax.eval_shape(create, params, controllers, rate)
-        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), like, shardings)
+        return shapes_at(like, shardings)
     return jax.jit(create, out_shardings=shardings)(params, controllers, rate)
 
 

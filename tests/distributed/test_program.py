@@ -52,6 +52,62 @@ def test_loops_in_loops_multiply():
     assert (count[""], count["body"], count["fused"], count["inner_body"]) == (1, 3, 3, 15)
 
 
+RING = """HloModule jit_step
+
+%windowed_body (p: (bf16[8,4], u32[], u32[])) -> (bf16[8,4], u32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %at = u32[] get-tuple-element(%p), index=1
+  %next = u32[] add(%at, %two)
+  %sent = bf16[8,4]{1,0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = (bf16[8,4], u32[], /*index=2*/u32[]) tuple(%sent, %next, %z)
+}
+
+%windowed_condition (p: (bf16[8,4], u32[], u32[])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(8)
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%at, %bound), direction=LT
+}
+
+%blocks_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %at = s32[] get-tuple-element(%p), index=0
+  %ring = (bf16[8,4], u32[], u32[]) while(%t), condition=%windowed_condition, body=%windowed_body
+  %done = u32[] get-tuple-element(%ring), index=1
+  %next = s32[] add(%at, %done)
+  ROOT %out = (s32[], f32[8]) tuple(%next, %y)
+}
+
+%blocks_condition (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(20)
+  %at = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%at, %bound), direction=LT
+}
+
+%started (p: bf16[2,8]) -> bf16[8,8] {
+  %g = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="1"}
+}
+
+%beside_a_product (p: bf16[2,8]) -> bf16[8,8] {
+  %g = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main (p: bf16[4,16]) -> bf16[16,16] {
+  %a = bf16[8,8]{1,0} fusion(%p), kind=kCustom, calls=%started
+  %b = bf16[8,8]{1,0} fusion(%a), kind=kOutput, calls=%beside_a_product
+  %loop = (s32[], f32[8]) while(%t), condition=%blocks_condition, body=%blocks_body
+}
+"""
+
+
+def test_a_loop_that_counts_by_more_than_one_and_by_a_loop_inside():
+    count = times(computations(RING))
+    assert (count["blocks_body"], count["windowed_body"]) == (3, 12)  # 20 by 8s; 8 by 2s in each
+
+
+def test_an_exchange_beside_several_computations_counts_once():
+    gathered = [exchange for exchange in collectives(RING, devices=4) if exchange.kind == "all-gather"]
+    assert [exchange.sent for exchange in gathered] == [2 * 64 * 3 / 4]
+
+
 def test_what_a_program_by_hand_sends():
     found = {exchange.kind: exchange for exchange in collectives(BY_HAND, devices=8)}
     gathered, reduced = found["all-gather"], found["all-reduce"]

@@ -1,5 +1,6 @@
 """Programs without arrays are those of the stages: the same shapes, the same sharing, for the devices that are here."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from rlhf_jax.distributed.program import memory_of
 from rlhf_jax.models import TransformerConfig
 from rlhf_jax.models.leaves import base_leaves, count
 from rlhf_jax.stages.abstract import Abstract
-from rlhf_jax.stages.ahead import Program, bytes_on_device, programs_of
+from rlhf_jax.stages.ahead import bytes_on_device, programs_of
 from rlhf_jax.stages.context import Context
-from rlhf_jax.stages.topology_plan import compile_program, roofline
+from rlhf_jax.stages.footprint import of_stage, roofline
+from rlhf_jax.stages.topology_plan import against, facts_of
 
 SHAPE = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, context=64)
 LORA = dict(rank=4)
@@ -66,7 +68,7 @@ def test_a_full_step_keeps_weights_and_two_moments_and_takes_a_batch():
     numbers = count(base_leaves(decoder))
     assert 4 * numbers / 2 <= weights <= 4 * numbers / 2 + norms
     assert 2 * weights <= bytes_on_device(kept["optimizer"]) <= 2 * weights + 64
-    memory = memory_of(programs["step"].lowered.compile())
+    memory = memory_of(programs["step"].lower().compile())
     assert memory.arguments == bytes_on_device(programs["step"].arguments)
     assert programs["step"].flops == programs["step"].useful == 3 * 8 * 64 * decoder.forward_flops(64)
     assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 1}
@@ -83,7 +85,7 @@ def test_roles_of_a_policy_stage_share_one_base():
     assert bytes_on_device(kept) == bytes_on_device(kept["policy"]["base"]) + own
     assert set(programs) == {"rollout", "scores", "rewards", "update"}
     for program in programs.values():
-        memory = memory_of(program.lowered.compile())
+        memory = memory_of(program.lower().compile())
         assert memory.arguments <= every_byte(program.arguments) and memory.temporary > 0
 
 
@@ -108,21 +110,56 @@ def test_a_policy_trained_in_full_has_four_bases():
 )
 def test_every_kind_of_step_compiles(fields):
     kept, programs, _ = planned("it", it=dict(init="base", sequence_length=64, lora=LORA, **fields))
-    memory = memory_of(programs["step"].lowered.compile())
+    memory = memory_of(programs["step"].lower().compile())
     assert bytes_on_device(kept["weights"]) < memory.arguments <= every_byte(programs["step"].arguments)
 
 
-def test_what_a_program_needs_counts_what_the_stage_keeps_beside_it():
+def test_what_a_program_needs_counts_what_the_stage_keeps_beside_it(tmp_path):
     kept, programs, mesh = planned("ppo", reward=REWARD, ppo=PPO)
-    one = compile_program(programs["rewards"], kept, V5E, mesh.size)
+    facts = facts_of(programs["rewards"], mesh.size, "cpu", tmp_path)
+    one = against(programs["rewards"], facts, kept, V5E, mesh.size)
     assert one.fits and one.memory >= bytes_on_device(kept) + one.temporary
-    small = compile_program(programs["rewards"], kept, Chip(1000.0, 1e12, 1e9), mesh.size)
-    assert not small.fits
+    assert not against(programs["rewards"], facts, kept, Chip(1000.0, 1e12, 1e9), mesh.size).fits
+
+
+def test_what_was_compiled_once_is_read_from_its_note(tmp_path):
+    _, programs, mesh = planned("ppo", reward=REWARD, ppo=PPO)
+    first = facts_of(programs["rewards"], mesh.size, "cpu", tmp_path)
+    assert facts_of(programs["rewards"], mesh.size, "cpu", tmp_path) == first  # its seconds too
+    assert len(list(tmp_path.iterdir())) == 1
+    facts_of(programs["rewards"], mesh.size, "other chips", tmp_path)
+    facts_of(programs["scores"], mesh.size, "cpu", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("base", {}),
+        ("sft", {"sft": dict(kind="sft", init="base", data="texts.jsonl", sequence_length=64, lora=LORA)}),
+        ("ppo", {"reward": REWARD, "ppo": PPO}),
+        ("ppo", {"reward": {**REWARD, "lora": dict(rank=0)}, "ppo": {**PPO, "lora": dict(rank=0)}}),
+    ],
+    ids=["all weights", "adapters", "ppo on one base", "ppo in full"],
+)
+def test_closed_forms_keep_what_the_stages_keep(name, stages):
+    kept, programs, mesh = planned(name, **stages)
+    found = contexts(jax.devices()[:4], **stages)[name]
+    config = copy.deepcopy(found.config)
+    if name == "ppo":
+        config.prompt_buckets = (SHAPE["context"] - config.max_new_tokens,)
+    decoder = TransformerConfig(vocab_size=64, **SHAPE)
+    closed = of_stage(config, decoder, dict(mesh.shape), found.lora())
+    heads = 8 * 4 * SHAPE["width"]  # of values and rewards with their moments, which closed forms leave out
+    assert 0 <= bytes_on_device(kept) - sum(closed.kept.values()) <= heads + 64
+    assert {p.name for p in closed.programs} <= {*programs, "scores", "judges"}
+    for program in closed.programs:
+        if program.name in programs:
+            assert program.useful == programs[program.name].useful
 
 
 def test_a_roofline_by_hand():
-    program = Program("p", None, (), flops=8e12, useful=6e12, read=819e9)
-    seconds = roofline(program, V5E, 4, sent=4.5e10)
+    seconds = roofline(flops=8e12, read=819e9, sent=4.5e10, chip=V5E, devices=4)
     assert seconds == {"compute": 8e12 / (4 * 197e12), "memory": 1.0, "network": 0.5}
 
 
