@@ -211,21 +211,25 @@ def describe(context: Context, abstract: Abstract, notes: Path | None = None) ->
     if plan is None:
         yield "no program of its own on the devices, or one that is not planned"
         return
-    held = ", ".join(f"{what} {size / GIB:.2f}" for what, size in plan.sizes.items())
-    yield f"kept on each chip: {plan.resident / GIB:.2f} GiB ({held})"
+    held = ", ".join(f"{what} {_size(size)}" for what, size in plan.sizes.items())
+    yield f"kept on each chip: {_size(plan.resident)} ({held})"
     for one in plan.compiled:
         yield from _lines(one)
     if not plan.fits:
         yield f"DOES NOT FIT: {advice(context, plan)}"
 
 
+def _size(number: float) -> str:
+    return f"{number / GIB:.2f} GiB" if number > GIB / 20 else f"{number / 2**20:.2f} MiB"
+
+
 def _lines(one: Compiled) -> Iterator[str]:
     program, chip = one.program, one.chip
-    parts = f"temporary {one.temporary / GIB:.2f}"
+    parts = f"temporary {_size(one.temporary)}"
     if program.cache:
-        parts += f", of it keys and values {program.cache / GIB:.2f}"
+        parts += f", of it keys and values {_size(program.cache)}"
     share = one.memory / chip.memory
-    room = f"{one.memory / GIB:.2f} of {chip.memory / GIB:.2f} GiB ({share:.0%}; {parts})"
+    room = f"{_size(one.memory)} of {_size(chip.memory)} ({share:.0%}; {parts})"
     times = ", ".join(f"{what} {seconds:.3g} s" for what, seconds in one.seconds.items() if seconds)
     yield (
         f"{program.name}: {room}; at least {one.time:.3g} s, bound by {one.bound} ({times}), MFU at most "
@@ -234,7 +238,7 @@ def _lines(one: Compiled) -> Iterator[str]:
     for exchange in one.facts.exchanges[:SHOWN]:
         if exchange.sent > 2**20:
             yield (
-                f"    {exchange.kind} {exchange.shape} {exchange.times:.0f} times: {exchange.sent / GIB:.3g} GiB sent "
+                f"    {exchange.kind} {exchange.shape} {exchange.times:.0f} times: {_size(exchange.sent)} sent "
                 f"by each chip ({exchange.where[-60:]})"
             )
 
