@@ -4,6 +4,7 @@ A TPU's go to LIBTPU_INIT_ARGS, which other platforms do not read, a GPU's to XL
 """
 
 import glob
+import os
 from collections.abc import MutableMapping
 
 Environment = MutableMapping[str, str]
@@ -33,6 +34,8 @@ GPU = {
 # programs are deterministic as they are.
 DETERMINISTIC_GPU = {"xla_gpu_deterministic_ops": "true"}
 
+THREADS_A_DEVICE = 4  # of a CPU that stands for several devices
+
 
 def add(environment: Environment, variable: str, flags: dict[str, str]) -> None:
     """Puts flags into a variable, those that it has already left as they are."""
@@ -58,5 +61,10 @@ def prepare(environment: Environment, *, deterministic: bool = False, memory_fra
     add(environment, "LIBTPU_INIT_ARGS", TPU)
     if has_gpu(environment):
         add(environment, "XLA_FLAGS", GPU | (DETERMINISTIC_GPU if deterministic else {}))
+    devices = environment.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdigit() and int(devices) > 1:
+        # Of many programs under way one waits to be launched on a thread and one for another device's part in a sum;
+        # with a thread for each core alone none may be left for that part, and all wait for ever.
+        environment.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, THREADS_A_DEVICE * int(devices))))
     if memory_fraction:
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(memory_fraction)

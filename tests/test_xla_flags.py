@@ -50,3 +50,43 @@ def test_xla_knows_the_flags_of_a_gpu():
     assert subprocess.run(program, env=environment, capture_output=True, timeout=120).returncode == 0
     xla_flags.add(environment, "XLA_FLAGS", {"xla_gpu_no_such_flag": "true"})
     assert subprocess.run(program, env=environment, capture_output=True, timeout=120).returncode != 0
+
+
+MANY_PROGRAMS = """
+import os
+from rlhf_jax import xla_flags
+xla_flags.prepare(os.environ)
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+mesh = jax.make_mesh((2,), ("x",))
+x, w = (jax.device_put(jnp.ones((256, 256)) / 256, NamedSharding(mesh, PartitionSpec("x"))) for _ in range(2))
+
+@jax.jit
+def program(x, w):
+    for _ in range(4):
+        x = jnp.tanh(x @ w)
+    return {i: (x.sum() + i, x.mean()) for i in range(6)}
+
+for _ in range(40):
+    sums = jax.tree.map(lambda *parts: sum(parts), *(program(x, w) for _ in range(40)))
+print(float(sums[0][0]))
+"""
+
+
+def test_many_programs_under_way_on_virtual_devices_come_to_an_end():
+    """With a thread for each of two cores this waits for ever: sums over devices wait for a part that has no thread."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PJRT_NPROC")}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run([sys.executable, "-c", MANY_PROGRAMS], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_one_device_keeps_the_threads_that_it_has():
+    for environment in ({}, {"JAX_NUM_CPU_DEVICES": "1"}):
+        xla_flags.prepare(environment)
+        assert "PJRT_NPROC" not in environment
+    environment = {"JAX_NUM_CPU_DEVICES": "4", "PJRT_NPROC": "3"}
+    xla_flags.prepare(environment)
+    assert environment["PJRT_NPROC"] == "3"  # the user's own

@@ -122,7 +122,9 @@ class Heartbeat:
         """Tells the others why this process ends; process 0 waits until they have read it."""
         self._closed.set()  # its own thread is not to end it
         with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{PREFIX}/verdict/first", json.dumps([verdict.message, verdict.status]))
+            self._announce(verdict)
+        if self._index:  # which fails too, and reads no other's
+            self._note_read()
         end = time.monotonic() + (FAREWELL if self._index == 0 else 0)
         while time.monotonic() < end and self._count > 1 + len(self._read("read")):
             time.sleep(BEAT / 4)
@@ -158,10 +160,13 @@ class Heartbeat:
         if not found and self._index == 0:
             wrong = self._judge()
             if wrong is not None:
-                self._client.key_value_set(f"{PREFIX}/verdict/first", json.dumps([wrong.message, wrong.status]))
+                self._announce(wrong)
                 found = self._read("verdict")
         if found:
             self._end(Verdict(*json.loads(found[0])))
+
+    def _announce(self, verdict: Verdict) -> None:
+        self._client.key_value_set(f"{PREFIX}/verdict/first", json.dumps([verdict.message, verdict.status]))
 
     def _judge(self) -> Verdict | None:
         """What process 0 makes of everyone's signs."""

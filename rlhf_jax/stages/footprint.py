@@ -120,6 +120,10 @@ class Decoder:
         """A layer's matrices as a program reads them, where they are sharded."""
         return self.layer * self.item / self.tensor if self.sizes["fsdp"] > 1 else 0.0
 
+    def head(self) -> float:
+        """The output kernel as products with it want it laid out."""
+        return self.shape.vocab_size * self.shape.width * self.item / self.sizes["fsdp"] / self.tensor
+
     def columns(self, tokens: float, alive: tuple[float, float]) -> float:
         """Bytes of one layer's arrays of so many positions on a device."""
         return tokens * self.item * (alive[0] * self.shape.width + alive[1] * self.inner / self.tensor / 3)
@@ -179,7 +183,11 @@ def training(
         sent = accumulation * (2 * on.gathering() + on.summing(piece, 6))
         passes = 2
     program = Needs(
-        "step", gradients + on.backward(piece), (passes + remade(shape)) * forward, passes * forward, sent=sent
+        "step",
+        gradients + on.backward(piece) + on.head(),
+        (passes + remade(shape)) * forward,
+        passes * forward,
+        sent=sent,
     )
     return Footprint(kept, [program])
 
@@ -242,7 +250,7 @@ def policy(
             ),
             Needs(
                 "scores",
-                on.forward(piece * together),
+                on.forward(piece * together) + on.head(),
                 (trained + 1) * forward,
                 (trained + 1) * forward,
                 sent=(1 if lora else trained + 1) * pieces * on.gathering()
@@ -251,7 +259,7 @@ def policy(
             Needs("judges", on.forward(piece), judges * forward, judges * forward, sent=judges * one_pass),
             Needs(
                 "update",
-                gradients + on.backward(piece, trained),
+                gradients + on.backward(piece, trained) + on.head(),
                 epochs * trained * (passes + remade(shape)) * forward,
                 epochs * trained * passes * forward,
                 sent=epochs * pieces * (reading * on.gathering() + reduced + on.summing(piece, 8 * trained)),

@@ -1,12 +1,8 @@
 """How tests run the command in several processes on loopback."""
 
-import json
 import socket
-from pathlib import Path
 
 from tiny import Command
-
-AUDITED = str(Path(__file__).with_name("audited_main.py"))
 
 
 def free_port():
@@ -15,10 +11,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(config, workdir, processes, devices, flags=(), environments=None, program=None):
-    """The commands of so many processes of `devices` virtual devices each; process i writes notes to `notes_of(...)`.
+def start(config, workdir, processes, devices, flags=(), environments=None, program=("-m", "rlhf_jax.main")):
+    """The commands of so many processes of `devices` virtual devices each.
 
-    `environments` replaces what names the coordinator, a dict for each process; `program` the one that writes notes.
+    `environments` replaces what names the coordinator, a dict for each process; `program` the command.
     """
     port, commands = free_port(), []
     for process in range(processes):
@@ -28,22 +24,9 @@ def start(config, workdir, processes, devices, flags=(), environments=None, prog
             "RLHF_JAX_PROCESS_ID": str(process),
         }
         environment = {"JAX_NUM_CPU_DEVICES": str(devices), **(environments[process] if environments else named)}
-        audited = (AUDITED, str(notes_path(workdir, process)))
         given = flags[process] if flags and not isinstance(flags[0], str) else flags
-        commands.append(
-            Command(config, workdir, *given, environment=environment, log=f".{process}", program=program or audited)
-        )
+        commands.append(Command(config, workdir, *given, environment=environment, log=f".{process}", program=program))
     return commands
-
-
-def notes_path(workdir, process):
-    return workdir.with_name(f"{workdir.name}.{process}.notes")
-
-
-def notes(workdir, process):
-    """What `audited_main` noted in a process."""
-    path = notes_path(workdir, process)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def ends(commands, timeout=300):

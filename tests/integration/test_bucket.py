@@ -11,6 +11,14 @@ from pod import ends, free_port, start, told
 from tiny import ROOT, run_main, write_config
 
 URL = "gs://bucket/run"
+# The command, for which a shared disk settles in a second.
+PROMPT = """
+import sys
+from rlhf_jax.distributed import processes
+from rlhf_jax.main import main
+processes.SETTLES = 1.0
+sys.exit(main(sys.argv))
+"""
 NEEDED = ("gcsfs", "gcp_storage_emulator")
 
 
@@ -143,7 +151,8 @@ def test_a_bucket_that_is_not_there_is_one_line_before_anything_runs(bucket, sou
 def test_processes_with_folders_of_their_own_and_no_bucket_are_told(source, tmp_path):
     config = write_config(tmp_path / "job.py", source, stages=("prepare", "pretrain"))
     flags = [(f"--workdir={tmp_path / name}",) for name in ("a", "b")]
-    done = ends(start(config, tmp_path / "work", 2, 1, flags))
+    (tmp_path / "prompt.py").write_text(PROMPT)
+    done = ends(start(config, tmp_path / "work", 2, 1, flags, program=(str(tmp_path / "prompt.py"),)))
     assert [end.status for end in done] == [2, 2], told(done)
     for end in done:
         assert end.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in end.stderr

@@ -5,16 +5,10 @@ import signal
 import time
 
 import pytest
-from pod import ends, notes, start, told
+from pod import ends, start, told
 from tiny import copy_stages, metrics, reached, run_main, write_config
 
 STOPPED, KILLED = 2, 9  # steps of the sft stage
-
-
-def order(workdir, processes):
-    """The rows of every batch that processes loaded, in order: sorted within a batch, over all processes."""
-    each = [[note["loaded"] for note in notes(workdir, process) if "rows" in note] for process in range(processes)]
-    return [sorted({row for part in batch for row in part}) for batch in zip(*each, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +16,7 @@ def job(finished, source, tmp_path_factory):
     """(work directory of four devices uncut, of 4 then 2 then 1 processes, how those ended, seconds until they had)."""
     folder = tmp_path_factory.mktemp("pod")
     extra = "config.stages.sft.update(batch_size=8, epochs=2.0)\nconfig.stages.sft.checkpoint.every = 1"
+    extra += "\nconfig.stages.sft.evaluation.data = ''"
     config = write_config(folder / "job.py", source, stages=("prepare", "pretrain", "sft"), extra=extra)
     uncut = copy_stages(finished[0], folder / "uncut", ("prepare", "pretrain"))
     assert run_main(config, uncut, environment={"JAX_NUM_CPU_DEVICES": "4"}).status == 0
