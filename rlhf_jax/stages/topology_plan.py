@@ -19,6 +19,8 @@ from rlhf_jax.stages.ahead import Program, Programs, bytes_on_device, programs_o
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.footprint import roofline
 
+# Exchanges that do not go on beside several products: as many, and readable.
+UNFUSED = {"xla_tpu_enable_async_collective_fusion": "false"}
 SHOWN = 3  # collectives of a program, those that send most
 
 
@@ -122,8 +124,16 @@ def _compile(lowered: Any, devices: int) -> Facts:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Facts(None, _needed(str(error)), [], time.monotonic() - began)
-    memory, exchanges = memory_of(compiled), collectives(compiled.as_text(), devices)
-    return Facts(memory, 0.0, exchanges, time.monotonic() - began)
+    exchanges = collectives(_text(lowered, compiled), devices)
+    return Facts(memory_of(compiled), 0.0, exchanges, time.monotonic() - began)
+
+
+def _text(lowered: Any, compiled: Any) -> str:
+    """The compiled program; of one that libtpu can not write down (seen of a v5p's), with its exchanges unfused."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return lowered.compile(UNFUSED).as_text()
 
 
 def facts_of(program: Program, devices: int, target: str, notes: Path | None = None) -> Facts:

@@ -222,7 +222,7 @@ def iteration(minibatches: int = 1, uses: int = 1, *, noisy: bool = False, **cha
     rollout = Rollout(prompts, wide, tokens, full, jnp.ones(rows, bool), logprobs, Sampling(harness.COUNT))
     read = RoleScores(logprobs, ref, jnp.abs(logprobs), jnp.zeros_like(logprobs))
     roles: Any = SimpleNamespace(
-        settings=settings, policy=SimpleNamespace(spec=harness.SPEC), value=None, cost_value=None,
+        settings=settings, policy=SimpleNamespace(spec=harness.SPEC), critic_specs=(None, None),
         trainable={}, frozen={"policy": {}}, finish=lambda pending: (pending, {}, None),
         acting=lambda params: params, score=lambda acting, rollout, parts: read,
     )  # fmt: skip

@@ -96,7 +96,7 @@ def test_a_failure_of_one_ends_the_others_with_its_message(exits, capsys):
     beats[2].fail(Verdict("process 2 (c): no such file", 2))
     wait_for(lambda: exits == [2, 2])
     assert capsys.readouterr().err == "error: process 2 (c): no such file\n" * 2
-    assert len(store.key_value_dir_get("rlhf_jax/read")) == 2
+    assert len(store.key_value_dir_get("rlhf_jax/read")) == 3  # who failed waits for no other's word
 
 
 def test_process_0_stays_until_all_have_read_why_it_ends(exits):
@@ -107,6 +107,15 @@ def test_process_0_stays_until_all_have_read_why_it_ends(exits):
     assert "rlhf_jax/read/1" in store.values
     wait_for(lambda: exits == [2])
     assert second.verdict() == Verdict("process 0 (a): disk full", 2)
+
+
+def test_process_0_does_not_wait_for_one_that_fails_too(exits):
+    store = Store()
+    first, second = Heartbeat(store, 0, 2, PATIENCE), Heartbeat(store, 1, 2, PATIENCE)
+    second.fail(Verdict("the config names no file", 2))
+    began = time.monotonic()
+    first.fail(Verdict("the config names no file", 2))
+    assert time.monotonic() - began < heartbeat.FAREWELL / 2  # it did not stay for its whole time
 
 
 def test_the_first_verdict_stands(exits):

@@ -80,7 +80,7 @@ def test_rows_that_are_refilled_give_the_same_training(uncut, finished, tmp_path
     """Two at a time of each part's eight: the same answers, and fewer dead steps."""
     config, whole, _ = uncut
     workdir = copy_stages(finished[0], tmp_path / "work", READY)
-    done = run_main(config, workdir, "--config.stages.ppo.decode_rows=2", "--config.stages.ppo.evaluation.data=")
+    done = run_main(config, workdir, "--config.stages.ppo.decode_rows=2", "--config.stages.ppo.iterations=4")
     assert done.status == 0, done.stderr[-3000:]
     here, there = ([row for row in metrics(w, "ppo") if "objective/kl" in row] for w in (workdir, whole))
     assert [row["response_length"] for row in here] == [row["response_length"] for row in there]
