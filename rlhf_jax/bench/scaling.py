@@ -54,9 +54,7 @@ def predict(configs: ModuleType, job: str, shape: TransformerConfig, sizes: dict
     """A job of `configs/pod.py` on a mesh of these sizes."""
     config = configs.get_config(f"a model,{job},{sizes['data'] * sizes['fsdp']},{sizes['tensor']}")
     stage = config.stages[LAST[job]]
-    fields = stage.lora
-    lora = LoraConfig(fields.rank, fields.alpha, tuple(fields.targets), fields.rslora) if fields.rank else None
-    return of_stage(stage, computed(shape, stage.compute), sizes, lora)
+    return of_stage(stage, computed(shape, stage.compute), sizes, LoraConfig.of(stage.lora))
 
 
 def checks(configs: ModuleType, folder: Path) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ SETTLES = 10.0  # seconds in which what one machine writes to a shared disk is s
 _heartbeat: Heartbeat | None = None
 
 
-def _number(environment: dict[str, str], name: str) -> int:
+def _number(environment: Mapping[str, str], name: str, without: int = 0) -> int:
     value = environment.get(name, "")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdigit() else without
 
 
-def cluster(environment: dict[str, str]) -> str:
+def cluster(environment: Mapping[str, str]) -> str:
     """Which environment names this process's peers, as `jax.distributed` can read it: "slurm", "ompi", "tpu" or "".
 
     A Slurm step or an MPI run of one task has no peers, and a TPU machine has none where JAX runs on its CPU.
@@ -59,10 +60,11 @@ def initialize(
     """
     global _heartbeat
     coordinator = coordinator or os.environ.get("RLHF_JAX_COORDINATOR", "")
-    processes = processes or _number(dict(os.environ), "RLHF_JAX_PROCESSES")
+    processes = processes or _number(os.environ, "RLHF_JAX_PROCESSES")
     if process_id < 0:
-        process_id = int(os.environ.get("RLHF_JAX_PROCESS_ID", -1))
+        process_id = _number(os.environ, "RLHF_JAX_PROCESS_ID", without=-1)
     given: dict[str, Any] = {}
+    where = coordinator or cluster(os.environ)
     if coordinator:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit() or not 0 <= process_id < processes:
@@ -71,13 +73,12 @@ def initialize(
                 "process 0, how many processes there are, and this one's number from 0 on"
             )
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
-    elif processes == 1 or not cluster(dict(os.environ)):
+    elif processes == 1 or not where:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(**given)
     except (RuntimeError, ValueError) as error:
-        where = coordinator or cluster(dict(os.environ))
         raise UserError(f"the processes did not meet at {where}: {str(error).splitlines()[0]}") from error
     if jax.process_count() > 1:
         from jax._src import distributed  # the store has no public name; Orbax reads it from here too

@@ -27,6 +27,11 @@ class LoraConfig:
     targets: tuple[str, ...] = TARGETS
     rslora: bool = False
 
+    @classmethod
+    def of(cls, fields: Any) -> "LoraConfig | None":
+        """Of a stage's `lora` fields; None when every weight trains."""
+        return cls(fields.rank, fields.alpha, tuple(fields.targets), fields.rslora) if fields.rank else None
+
     @property
     def scale(self) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""

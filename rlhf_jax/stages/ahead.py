@@ -401,12 +401,8 @@ def _scores(
         adapters = {name: acting[name]["adapters"] for name in acting} | {"reference": roles.reference["adapters"]}
         cost_head = acting["cost_value"]["head"] if roles.cost_value else None
         given = (roles.policy.weights["base"], adapters, acting["value"]["head"], rollout)
-        yield (
-            "scores",
-            partial(score_together.lower, spec, *given, parts, cost_head),
-            (*given, cost_head),
-            len(adapters),
-        )
+        lower = partial(score_together.lower, spec, *given, parts, cost_head)
+        yield "scores", lower, (*given, cost_head), len(adapters)
     else:
         policy = (acting["policy"], rollout)
         if roles.settings.shares_critic:
@@ -419,12 +415,8 @@ def _scores(
     for what, judge in roles.judges().items():
         for role in judge.roles.values():
             judged = (role.weights, rollout)
-            yield (
-                f"{what}s",
-                partial(score_rewards.lower, role.spec, *judged, parts, stop_strings),
-                judged,
-                role.spec.members,
-            )
+            lower = partial(score_rewards.lower, role.spec, *judged, parts, stop_strings)
+            yield f"{what}s", lower, judged, role.spec.members
 
 
 def _update(

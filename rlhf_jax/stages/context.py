@@ -123,8 +123,7 @@ class Context:
 
     def lora(self) -> LoraConfig | None:
         """The stage's adapters, or None when every weight trains."""
-        fields = self.config.lora
-        return LoraConfig(fields.rank, fields.alpha, tuple(fields.targets), fields.rslora) if fields.rank else None
+        return LoraConfig.of(self.config.lora)
 
     def load(self, reference: str, mesh: Mesh) -> Role:
         """Another stage's finished model, or a checkpoint folder's."""

@@ -14,7 +14,8 @@ def free_port():
 def start(config, workdir, processes, devices, flags=(), environments=None, program=("-m", "rlhf_jax.main")):
     """The commands of so many processes of `devices` virtual devices each.
 
-    `environments` replaces what names the coordinator, a dict for each process; `program` the command.
+    `environments` replaces what names the coordinator, a dict for each process; `flags` and `program` (the command) are
+    those of all, or a list with those of each.
     """
     port, commands = free_port(), []
     for process in range(processes):
@@ -24,8 +25,8 @@ def start(config, workdir, processes, devices, flags=(), environments=None, prog
             "RLHF_JAX_PROCESS_ID": str(process),
         }
         environment = {"JAX_NUM_CPU_DEVICES": str(devices), **(environments[process] if environments else named)}
-        given = flags[process] if flags and not isinstance(flags[0], str) else flags
-        commands.append(Command(config, workdir, *given, environment=environment, log=f".{process}", program=program))
+        given, run = (each[process] if isinstance(each, list) else each for each in (flags, program))
+        commands.append(Command(config, workdir, *given, environment=environment, log=f".{process}", program=run))
     return commands
 
 

@@ -1,13 +1,13 @@
 """Two processes of two devices run the job that one process of four runs: one writes, each loads its own rows."""
 
 import json
-import socket
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tiny import Command, copy_stages, metrics, read_rows, result, run_main, write_config
+from pod import ends, start
+from tiny import copy_stages, metrics, read_rows, result, run_main, write_config
 
 from rlhf_jax.distributed import make_mesh, place_batch
 
@@ -17,30 +17,10 @@ STAGES = ("sft", "reward", "ppo")
 SHARED = ("/checkpoints", "/model")
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def run_two(config, workdir, devices):
     """Runs the command in two processes; returns how they finished and each one's notes of `audited_main`."""
-    port, commands, notes = free_port(), [], []
-    for process in (0, 1):
-        notes.append(workdir.with_name(f"{workdir.name}.{process}.notes"))
-        environment = {
-            "RLHF_JAX_COORDINATOR": f"127.0.0.1:{port}",
-            "RLHF_JAX_PROCESSES": "2",
-            "RLHF_JAX_PROCESS_ID": str(process),
-            "JAX_NUM_CPU_DEVICES": str(devices),
-        }
-        program = (AUDITED, str(notes[-1]))
-        commands.append(Command(config, workdir, environment=environment, log=f".{process}", program=program))
-    try:
-        done = [command.wait() for command in commands]
-    finally:
-        for command in commands:
-            command.process.kill()
+    notes = [workdir.with_name(f"{workdir.name}.{process}.notes") for process in (0, 1)]
+    done = ends(start(config, workdir, 2, devices, program=[(AUDITED, str(path)) for path in notes]))
     return done, [[json.loads(line) for line in path.read_text().splitlines()] for path in notes]
 
 
