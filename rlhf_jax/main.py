@@ -84,6 +84,9 @@ def _plan_topology() -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the experiment; returns the exit status."""
+    if "--help" in argv[1:] or "-h" in argv[1:]:
+        print(f"{__doc__}\n{FLAGS.main_module_help()}")
+        return 0
     try:
         _parse(argv)
     except UserError as error:

@@ -1,6 +1,7 @@
 """Imports point one way: what a file may use is what stands below it."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,6 +78,13 @@ def test_objectives_are_mathematics_on_arrays():
 
 def test_data_needs_no_jax():
     assert not top_level_imports("data") & {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def test_the_command_starts_without_what_is_slow_to_import():
+    program = "import sys, rlhf_jax.pipeline; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "orbax.checkpoint" in loaded
+    assert not {"scipy.stats", "scipy.optimize", "matplotlib", "datasets", "pandas", "tensorboardX"} & set(loaded)
 
 
 def test_no_pickle_is_ever_loaded():

@@ -3,9 +3,7 @@
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import expit
-from scipy.stats import rankdata
+import scipy  # its parts load where they are first used: two of them take long
 
 from rlhf_jax.evaluation.calibration import expected_calibration_error, reliability
 from rlhf_jax.evaluation.intervals import wilson
@@ -15,7 +13,7 @@ Array = np.ndarray
 
 def probit_probability(mean: Array, variance: Array | float = 0.0, temperature: float = 1.0) -> Array:
     """P(a score of these moments is positive): sigmoid(m / t / sqrt(1 + pi / 8 v / t^2)), MacKay's approximation."""
-    return expit(mean / temperature / np.sqrt(1.0 + np.pi / 8.0 * np.asarray(variance) / temperature**2))
+    return scipy.special.expit(mean / temperature / np.sqrt(1.0 + np.pi / 8.0 * np.asarray(variance) / temperature**2))
 
 
 def negative_log_likelihood(probabilities: Array, outcomes: Array) -> float:
@@ -39,7 +37,9 @@ def _least(loss: Any) -> float:
     grid = np.log(np.logspace(-2, 2, 41))
     best = int(np.argmin([loss(float(np.exp(x))) for x in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    return float(np.exp(minimize_scalar(lambda x: loss(float(np.exp(x))), bounds=bounds, method="bounded").x))
+    return float(
+        np.exp(scipy.optimize.minimize_scalar(lambda x: loss(float(np.exp(x))), bounds=bounds, method="bounded").x)
+    )
 
 
 def auroc(scores: Array, positive: Array) -> float | None:
@@ -47,7 +47,7 @@ def auroc(scores: Array, positive: Array) -> float | None:
     n = int(positive.sum())
     if n in (0, len(positive)):
         return None
-    ranks = rankdata(scores)[positive].sum()
+    ranks = scipy.stats.rankdata(scores)[positive].sum()
     return float((ranks - n * (n + 1) / 2) / (n * (len(positive) - n)))
 
 
@@ -62,7 +62,7 @@ def spearman_interval(x: Array, y: Array, resamples: int = 1000) -> dict[str, fl
     rng, n = np.random.default_rng(0), len(x)
 
     def correlation(x: Array, y: Array) -> float:
-        return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+        return float(np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(y))[0, 1])
 
     picks = (rng.integers(0, n, n) for _ in range(resamples))
     drawn = [correlation(x[rows], y[rows]) for rows in picks if np.ptp(x[rows]) and np.ptp(y[rows])]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+import scipy  # its parts load where they are first used
 
 GRID = np.logspace(-6, 8, 57)  # precisions
 
@@ -39,7 +39,7 @@ def maximize(group: Group) -> float:
     values = np.asarray([share(group, precision) for precision in GRID])
     best = int(values.argmax())
     bounds = np.log(GRID[max(best - 1, 0)]), np.log(GRID[min(best + 1, len(GRID) - 1)])
-    found = minimize_scalar(lambda x: -share(group, float(np.exp(x))), bounds=bounds, method="bounded")
+    found = scipy.optimize.minimize_scalar(lambda x: -share(group, float(np.exp(x))), bounds=bounds, method="bounded")
     precision = float(np.exp(found.x))
     return precision if share(group, precision) > values[best] else float(GRID[best])
 

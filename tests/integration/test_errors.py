@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2
-from tiny import copy_stages, files, run_main, tiny_config, write_config
+from tiny import ROOT, copy_stages, files, run_main, tiny_config, write_config
 
 from rlhf_jax import pipeline
 from rlhf_jax.errors import UserError
@@ -25,6 +27,13 @@ def refused(config, workdir, *flags, **environment):
 
 
 # ------------------------------------------------ by the real command ------------------------------------------------
+
+
+def test_help_tells_how_it_is_called_and_every_flag():
+    command = [sys.executable, "-m", "rlhf_jax.main", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--config=FILE" in done.stdout and done.stderr == ""
+    assert all(f"--{flag}" in done.stdout for flag in ("workdir", "[no]dry_run", "topology", "coordinator"))
 
 
 def test_an_unknown_field_in_the_file_names_the_nearest(source, tmp_path):
