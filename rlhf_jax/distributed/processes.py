@@ -170,6 +170,13 @@ def barrier(name: str) -> None:
         mirror.pull()
 
 
+def as_process_0(found: bool) -> bool:
+    """What process 0 found, in every process: a file that it may write at once is there for all of them or for none."""
+    if jax.process_count() == 1:
+        return found
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
+
+
 def begin_storage(workdir: str, folder: Path, writes: bool) -> None:
     """Takes up a work directory: one in a bucket is mirrored in `folder` from here on, by every process.
 

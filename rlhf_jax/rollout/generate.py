@@ -67,15 +67,18 @@ def prepare_weights(
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if "norm" in path[-1].key else leaf.astype(config.dtype), params
     )
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    if not mesh.empty and mesh.size > 1:
-        params = jax.lax.with_sharding_constraint(params, tree_shardings(params, base_axes(config), mesh, ROLLOUT))
-    layers = [{name: leaf[i] for name, leaf in params["layers"].items()} for i in range(config.layers)]
-    if fuse and tensor == 1:
-        layers = [_fused(layer) for layer in layers]
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return outer | {"layers": layers, "head": output_kernel(config, params)}
+    layers = [{name: leaf[i] for name, leaf in params["layers"].items()} for i in range(config.layers)]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        axes = base_axes(config)
+        layer_axes = {name: names[1:] for name, names in axes.pop("layers").items()}
+        at = tree_shardings((outer, layers), (axes, [layer_axes] * config.layers), mesh, ROLLOUT)
+        # Layer by layer: gathered as a stack and then cut, all weights would be there twice for a while.
+        outer, layers = jax.lax.with_sharding_constraint((outer, layers), at)
+    if fuse and (mesh.empty or mesh.shape["tensor"] == 1):
+        layers = [_fused(layer) for layer in layers]
+    return outer | {"layers": layers, "head": output_kernel(config, outer)}
 
 
 def _fused(layer: dict[str, Array]) -> dict[str, Array]:

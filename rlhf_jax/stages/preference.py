@@ -17,7 +17,7 @@ from rlhf_jax.data.examples import completion_example, prompt_ids, show_example
 from rlhf_jax.data.order import DataOrder, in_batches, without_padding
 from rlhf_jax.data.pairs import Rows, answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.distributed.processes import barrier, is_main_process
+from rlhf_jax.distributed.processes import as_process_0, barrier, is_main_process
 from rlhf_jax.distributed.sharding import fetch, place_batch, replicated
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec, training_passes
@@ -170,7 +170,7 @@ def _precompute_reference(context: Context, start: Role, parts: dict[str, Rows],
     identity, reference = _reference_identity(context, start), None
     for name, data in parts.items():
         file = context.folder / "data" / f"reference_{name}.npz"
-        if file.exists():
+        if as_process_0(file.exists()):
             with np.load(file) as saved:
                 if str(saved["identity"]) == identity:
                     data["reference"] = saved["logprobs"]

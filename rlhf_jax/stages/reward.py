@@ -18,7 +18,7 @@ from rlhf_jax.data.examples import answer_ids, completion_example, show_example
 from rlhf_jax.data.pairs import answers_of, pad_answers, save_arrays, tokenize_answers
 from rlhf_jax.data.records import write_records
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.distributed.processes import barrier, is_main_process
+from rlhf_jax.distributed.processes import as_process_0, barrier, is_main_process
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.roles import RoleSpec
 from rlhf_jax.objectives import bradley_terry_loss
@@ -119,7 +119,7 @@ def make_pairs(context: Context, spec: RoleSpec, policy: Role, data: str, part: 
     of a private stage's training data also "owners".
     """
     file = context.folder / "data" / f"pairs_{part}.npz"
-    if not file.exists():
+    if not as_process_0(file.exists()):
         config, stops = context.config, policy.tokenizer.stop_ids
         records, skipped = context.records(data, config.schema, None if part == "train" else config.evaluation.records)
         if config.schema == "completion":

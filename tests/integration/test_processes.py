@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from pod import ends, start
+from pod import ends, start, told
 from tiny import copy_stages, metrics, read_rows, result, run_main, write_config
 
 from rlhf_jax.distributed import make_mesh, place_batch
@@ -124,3 +124,28 @@ def test_a_batch_is_loaded_once_and_each_device_holds_its_rows(shape):
         np.testing.assert_array_equal(held, np.arange(held[0], held[0] + 16 // shards))
         starts.add(int(held[0]))
     assert starts == set(range(0, 16, 16 // shards))
+
+
+MADE_ONCE = """
+import time
+from pathlib import Path
+from rlhf_jax.distributed.processes import as_process_0, barrier, initialize, is_main_process
+
+initialize()
+file = Path("made_once")
+if not is_main_process():
+    time.sleep(2.0)
+if not as_process_0(file.exists()):
+    if is_main_process():
+        file.write_text("made")
+        time.sleep(2.0)
+    barrier("made")
+barrier("read")
+print(file.read_text())
+"""
+
+
+def test_a_process_that_looks_late_does_as_the_others(tmp_path):
+    """Process 0 writes a file as soon as it has seen that none is there; all make it, or all read it."""
+    done = ends(start("none", tmp_path / "work", 2, devices=1, program=("-c", MADE_ONCE)), timeout=60)
+    assert [(end.status, end.stdout.split()[-1:]) for end in done] == [(0, ["made"])] * 2, told(done)

@@ -10,9 +10,11 @@ import pytest
 
 from rlhf_jax.data.stops import stop_table
 from rlhf_jax.distributed import make_mesh
+from rlhf_jax.distributed.program import collectives
+from rlhf_jax.distributed.sharding import tree_shardings
 from rlhf_jax.models import Transformer, TransformerConfig
 from rlhf_jax.models.config import RopeScaling
-from rlhf_jax.models.roles import RoleSpec, init_base
+from rlhf_jax.models.roles import RoleSpec, base_axes, init_base
 from rlhf_jax.rollout import Sampling, generate
 from rlhf_jax.rollout.batches import answer_all
 from rlhf_jax.rollout.generate import prepare_weights
@@ -159,6 +161,23 @@ def test_unrolled_on_prepared_weights_equals_the_scan(config):
         assert ("qkv" in prepared["layers"][0]) == fuse
         unrolled = logits_of(config, params, tokens, prepared)
         np.testing.assert_allclose(unrolled, scanned, rtol=0, atol=1e-5 * np.abs(scanned).max())
+
+
+def test_sharded_layers_are_gathered_one_by_one():
+    """A stack gathered as a whole and then cut is there twice for a while."""
+    config = dataclasses.replace(LLAMA, layers=4, width=32)
+    mesh = make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    at = tree_shardings(weights(config), base_axes(config), mesh)
+    params = jax.device_put(weights(config), at)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(partial(prepare_weights, config)).lower(params, None).compile()
+        prepared = compiled(params, None)
+    gathered = [e.shape for e in collectives(compiled.as_text(), 4) if e.kind == "all-gather"]
+    assert len(gathered) > 4 * config.layers
+    assert not [shape for shape in gathered if f"[{config.layers}," in shape]
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(prepared))
+    alone = jax.jit(partial(prepare_weights, config))(weights(config), None)
+    jax.tree.map(np.testing.assert_array_equal, prepared, alone)
 
 
 @trained_families
