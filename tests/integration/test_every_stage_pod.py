@@ -1,8 +1,12 @@
 """The first steps of every kind of trained stage on 1, 2 and 4 processes of two devices each: the same losses."""
 
+import shutil
+
 import pytest
 from pod import ends, start, told
 from tiny import ROOT, copy_stages, metrics, read_rows, result, run_main
+
+from rlhf_jax.stages.private import CLAIM_FILE, ROOT_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -43,8 +47,8 @@ def get_config():
     )
     stages.lagrangian = world["policy"](2, constraint=dict(cost="cost", **world["LAMBDA"]), lora=adapters, mesh=MESH)
     stages.grpo = world["policy"](2, estimator="grpo", samples=4, mesh=MESH)
-    for name in ("lagrangian", "grpo"):
-        stages[name].update(batch_size=16)
+    for name, rows in (("lagrangian", 16), ("grpo", 32)):
+        stages[name].update(batch_size=rows)
         stages[name].evaluation.update(every=2, records=16)
     return config
 """
@@ -68,6 +72,10 @@ def workdirs(tmp_path_factory):
     found = {}
     for count in PROCESSES:
         found[count] = copy_stages(folder / "given", folder / f"on_{count}", GIVEN)
+        if count > 1:  # noise is of a secret root and of the run's own number, which are no function of the seed
+            (found[count] / "private").mkdir()
+            for name in (ROOT_FILE, f"private/{CLAIM_FILE}"):
+                shutil.copy2(found[1] / name, found[count] / name)
         finished = ends(start(configs["all"], found[count], count, devices=2), timeout=1500)
         assert [end.status for end in finished] == [0] * count, told(finished)
     return found
@@ -77,13 +85,15 @@ def workdirs(tmp_path_factory):
 @pytest.mark.parametrize("stage", TRAINED)
 def test_the_first_steps_are_those_of_one_process(workdirs, stage, count):
     one, more = (metrics(workdirs[n], stage) for n in (1, count))
-    losses = [name for name in one[1] if "loss" in name]
-    assert losses
+    compared = 0
     for here, there in zip(more[:3], one[:3], strict=True):
         assert here.keys() == there.keys()
         for name in here:
-            if name in losses:
-                assert here[name] == pytest.approx(there[name], rel=1e-5, abs=1e-6), f"{name} of step {here['step']}"
+            if "loss" in name or name == "optimizer/gradient_norm":  # a private stage tells no loss of its own records
+                rel = 1e-5 if "loss" in name else 1e-3
+                assert here[name] == pytest.approx(there[name], rel=rel, abs=1e-6), f"{name} of step {here['step']}"
+                compared += 1
+    assert compared >= 3
 
 
 @pytest.mark.parametrize("count", PROCESSES[1:])
