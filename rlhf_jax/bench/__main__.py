@@ -17,6 +17,7 @@ from rlhf_jax.bench.dp import dp
 from rlhf_jax.bench.laplace import laplace
 from rlhf_jax.bench.memorization import memorization
 from rlhf_jax.bench.refill import refill
+from rlhf_jax.bench.saves import saves
 from rlhf_jax.bench.workloads import WORKLOADS
 
 # Two ways of one thing, in the same run.
@@ -25,6 +26,7 @@ COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {
     "laplace": laplace,
     "memorization": memorization,
     "refill": refill,
+    "saves": saves,
 }
 # Arguments -> the exit status.
 PRINTED: dict[str, Callable[[Sequence[str]], int]] = {"plans": plans.main, "scaling": scaling.main}
