@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax.distributed.sharding import ROLLOUT, constrain, tree_shardings
+from rlhf_jax.distributed.sharding import ROLLOUT, constrain, replicated, tree_shardings
 from rlhf_jax.models import lora
 from rlhf_jax.models.cache import Cache, empty_cache
 from rlhf_jax.models.config import TransformerConfig
@@ -70,14 +70,17 @@ def prepare_weights(
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
     layers = [{name: leaf[i] for name, leaf in params["layers"].items()} for i in range(config.layers)]
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        axes = base_axes(config)
-        layer_axes = {name: names[1:] for name, names in axes.pop("layers").items()}
-        at = tree_shardings((outer, layers), (axes, [layer_axes] * config.layers), mesh, ROLLOUT)
-        # Layer by layer: gathered as a stack and then cut, all weights would be there twice for a while.
-        outer, layers = jax.lax.with_sharding_constraint((outer, layers), at)
-    if fuse and (mesh.empty or mesh.shape["tensor"] == 1):
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    if fuse and tensor == 1:
         layers = [_fused(layer) for layer in layers]
+    if not mesh.empty and mesh.size > 1:
+        at = replicated(mesh)
+        if tensor > 1:
+            axes = base_axes(config)
+            layer_axes = {name: names[1:] for name, names in axes.pop("layers").items()}
+            at = tree_shardings((outer, layers), (axes, [layer_axes] * config.layers), mesh, ROLLOUT)
+        # Layer by layer, and fused before: gathered as stacks or piece by piece, weights would be there twice.
+        outer, layers = jax.lax.with_sharding_constraint((outer, layers), at)
     return outer | {"layers": layers, "head": output_kernel(config, outer)}
 
 

@@ -106,6 +106,13 @@ class Decoder:
     def base(self, dtype: str, table: Table = TRAINING) -> int:
         return bytes_per_device(shapes(self.leaves, dtype), axes(self.leaves), self.mesh, table)
 
+    def prepared(self) -> float:
+        """Bytes of the weights as decoding reads them; a gathered embedding that is the output kernel too, laid out for
+        that once more."""
+        shape, weights = self.shape, self.base(self.shape.dtype, ROLLOUT)
+        again = shape.tie_embeddings and self.sizes["fsdp"] > 1
+        return weights + (shape.vocab_size * shape.width * self.item / self.tensor if again else 0)
+
     def adapters(self, lora: LoraConfig) -> int:
         """Bytes of adapters in float32."""
         like = jax.eval_shape(partial(init_adapters, self.shape, lora), key=jax.random.key(0))
@@ -234,7 +241,7 @@ def policy(
             "optimizer": trained * on.optimizer(own, "float32"),
         }
         gradients, passes, reading, reduced = 2.0 * trained * own, 2, 2 * trained, 0.0
-    prepared, cache = on.base(shape.dtype, ROLLOUT), cache_bytes(shape, held, tokens, on.tensor)
+    prepared, cache = on.prepared(), cache_bytes(shape, held, tokens, on.tensor)
     together = trained + 1 if lora else 1
     one_pass = pieces * (on.gathering() + on.summing(piece, 2))
     return Footprint(

@@ -9,7 +9,6 @@ import jax
 from rlhf_jax.config import is_folder, is_function, score_sources, scoring_model
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rlhf_jax.distributed.chips import GIB
-from rlhf_jax.distributed.sharding import ROLLOUT
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.leaves import axes, base_leaves, count, shapes
 from rlhf_jax.models.lora import adapter_axes, init_adapters
@@ -152,7 +151,7 @@ def _ppo_working_memory(context: Context, shape: TransformerConfig, trained: int
     tokens = longest + config.max_new_tokens
     rows = math.ceil(config.batch_size / config.rollout_parts / on.shards)
     micro = math.ceil(config.batch_size / (config.minibatches * config.accumulation) / on.shards)
-    weights, cache = on.base(shape.dtype, ROLLOUT), cache_bytes(shape, rows, tokens, on.tensor)
+    weights, cache = on.prepared(), cache_bytes(shape, rows, tokens, on.tensor)
     kept = on.backward(micro * tokens, trained)
     return [
         f"rollout: about {(weights + cache) / GIB:.2f} GiB more per device: weights as decoding reads them "
