@@ -252,7 +252,7 @@ def policy(
                 prepared + cache + on.columns(held * prompt, FORWARD),
                 forward,
                 forward,
-                read=answer * (prepared + cache),
+                read=answer * (on.base(shape.dtype, ROLLOUT) + cache),  # of an embedding only rows
                 sent=on.gathering() + on.summing(held * tokens, 2),
             ),
             Needs(

@@ -1,4 +1,4 @@
-"""The saves bench on a small state: every part is timed, and a save that is waited for writes what it says."""
+"""The saves bench on a small state: every part is timed, and the stall is what they add up to."""
 
 import jax
 import jax.numpy as jnp

@@ -7,6 +7,9 @@ import pytest
 from rlhf_jax.bench.plans import pod_configs
 from rlhf_jax.bench.scaling import CHIPS, SHAPES, checks, draw, predict, sizes_of
 from rlhf_jax.distributed.chips import V5P
+from rlhf_jax.distributed.sharding import ROLLOUT
+from rlhf_jax.stages.footprint import Decoder, cache_bytes
+from rlhf_jax.training.artifacts import computed
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +49,13 @@ def test_a_plan_is_checked_by_its_compiled_memory(configs, tmp_path):
     assert check["off"] == pytest.approx(0.1)
     draw(configs, [check], tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tied_output_kernel_is_there_once_more_and_read_once(configs):
+    stage, sizes = configs.get_config("a model,ppo_full,8,1").stages.ppo, {"data": 1, "fsdp": 8, "tensor": 1}
+    shape = computed(SHAPES["1B"], stage.compute)
+    on, rollout = Decoder(shape, sizes), predict(configs, "ppo_full", SHAPES["1B"], sizes).programs[0]
+    weights = on.base(shape.dtype, ROLLOUT)
+    assert on.prepared() - weights == 128256 * 2048 * 2  # bfloat16
+    cache = cache_bytes(shape, stage.batch_size // 8, max(stage.prompt_buckets) + stage.max_new_tokens, 1)
+    assert rollout.read == stage.max_new_tokens * (weights + cache)
