@@ -29,6 +29,7 @@ from rlhf_jax.stages.prompts import Prompts
 from rlhf_jax.training.constraint import constrained_costs, move
 from rlhf_jax.training.experience import Experience, PPOConfig, make_experience
 from rlhf_jax.training.ppo import ppo_objective
+from rlhf_jax.training.shared import JittedStep
 from rlhf_jax.training.state import TrainState, apply_gradient
 
 Array = jax.Array
@@ -130,7 +131,7 @@ def make_private_update(
     shardings: TrainState | None = None,
     canaries: Canaries | None = None,
     cost_value: RoleSpec | None = None,
-):
+) -> JittedStep:
     """The jitted `(state, frozen, experience, scores, present, keys, real, canary, costs) -> (state, metrics)`: one
     rollout's steps.
 
@@ -204,7 +205,7 @@ def make_private_update(
             state = state.replace(controllers=state.controllers.replace(lagrangian=lagrangian))
         return state, metrics
 
-    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return JittedStep(update, None if shardings is None else (shardings, None))
 
 
 @jax.jit

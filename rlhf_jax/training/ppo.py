@@ -31,6 +31,7 @@ from rlhf_jax.rollout.scoring import (
 from rlhf_jax.training.experience import Experience, PPOConfig, answer_mask, make_experience
 from rlhf_jax.training.gradient import mean_metrics, plain_gradient, widened
 from rlhf_jax.training.language_model import sft_objective
+from rlhf_jax.training.shared import JittedStep
 from rlhf_jax.training.state import TrainState, apply_gradient
 
 Array = jax.Array
@@ -271,7 +272,7 @@ def make_update(
     shardings: TrainState | None = None,
     segments: int = 1,
     cost_value: RoleSpec | None = None,
-):
+) -> JittedStep:
     """The jitted `(state, frozen, experience, kl_coef, key, ptx) -> (state, metrics)`: one rollout's updates.
 
     All epochs and minibatches run in one program; the state is donated. `kl_coef` is the rollout's; `ptx`, or None, is
@@ -321,7 +322,7 @@ def make_update(
         metrics["val/ratio_var"] = stacked["val/ratio"].var(where=looked_at)
         return state, metrics
 
-    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return JittedStep(update, None if shardings is None else (shardings, None))
 
 
 def make_single_update(
@@ -332,7 +333,7 @@ def make_single_update(
     shardings: TrainState | None = None,
     segments: int = 1,
     cost_value: RoleSpec | None = None,
-):
+) -> JittedStep:
     """The jitted `(state, frozen, rollout, ref_logprobs, scores, sources, ptx, costs) -> (state, experience, metrics)`.
 
     For `config.single`: where a rollout is trained on once, in one step, old log-probabilities and values are those of
@@ -370,4 +371,4 @@ def make_single_update(
         single["val/first_ratio_error"] = metrics["val/ratio_error"]
         return state, experience, metrics | mixed | norms | single
 
-    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None, None))
+    return JittedStep(update, None if shardings is None else (shardings, None, None))

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rlhf_jax.distributed.sharding import replicated, shapes_at, tree_shardings
 from rlhf_jax.errors import UserError
 from rlhf_jax.training.gradient import GradientFunction
+from rlhf_jax.training.shared import JittedStep
 
 Tree = Any
 
@@ -276,7 +277,7 @@ def apply_gradient(
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), norms
 
 
-def make_step(gradient: GradientFunction, optimizer: optax.GradientTransformation, shardings: TrainState):
+def make_step(gradient: GradientFunction, optimizer: optax.GradientTransformation, shardings: TrainState) -> JittedStep:
     """The jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
 
     def step(state: TrainState, frozen: Tree, batch: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -284,7 +285,7 @@ def make_step(gradient: GradientFunction, optimizer: optax.GradientTransformatio
         state, norms = apply_gradient(state, grads, optimizer)
         return state, metrics | norms
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return JittedStep(step, (shardings, None))
 
 
 @jax.jit

@@ -264,7 +264,7 @@ def test_one_program_for_all_iterations_and_the_key_matters(full):
     config = PPOConfig(epochs=2, minibatches=2)
     update = tiny.shared_update(config, full.spec, tiny.OPTIMIZER)
     jax.block_until_ready(tiny.run(full, tiny.experience_of(full, tiny.roll(full))[0], config))
-    assert update._cache_size() == 1
+    assert update.programs() == 1
     experience, _ = tiny.experience_of(full, tiny.roll(full))
     params, frozen = tiny.trainable_and_frozen(full)
     after = []
@@ -276,7 +276,7 @@ def test_one_program_for_all_iterations_and_the_key_matters(full):
         second, _ = tiny.experience_of(full, tiny.roll(full, key=key + 1))
         state, _ = update(state, frozen, second, config.kl_coef, jax.random.key(7))
         assert int(state.step) == 8
-    assert update._cache_size() == 1
+    assert update.programs() == 1
     assert tiny.largest(*after) > 1e-4  # other minibatches
 
 

@@ -405,7 +405,7 @@ def test_a_step_donates_its_state_and_not_where_it_came_from():
     assert first.params["kernel"].is_deleted() and not params["kernel"].is_deleted()
     state, metrics = step(state, {}, {"x": jnp.ones((4, 3))})
     assert float(metrics["loss"]) < 18.0 and int(state.step) == 2
-    assert step._cache_size() == 1
+    assert step.programs() == 1
 
 
 # The fingerprint.
