@@ -2,7 +2,8 @@
 
     python -m rlhf_jax.bench plans runs/plans [MODEL[,JOB]] ...
 
-compiles here, without a TPU, and keeps what it finds in the folder: the next call reads it from there.
+compiles here, without a TPU, and keeps what it finds in the folder: the next call reads it from there. A slice on which
+a job would need `HOPELESS` times what a chip has, by `stages.footprint`, is passed by.
 """
 
 import importlib.util
@@ -13,12 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf_jax.distributed.chips import GIB
+from rlhf_jax.distributed.chips import GIB, chip_of
 from rlhf_jax.distributed.topology import topology_devices, use_cpu_and_libtpu
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.stages.abstract import Abstract
 from rlhf_jax.stages.context import Context
+from rlhf_jax.stages.footprint import Footprint, of_stage
 from rlhf_jax.stages.topology_plan import StagePlan, plan_stage
+from rlhf_jax.training.artifacts import checkpoint_config, computed
 
 V5E = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 V5P = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4")
@@ -27,9 +32,10 @@ SLICES: dict[str, tuple[tuple[str, ...], int]] = {
     "gemma-2-2b": (V5E, 1),
     "qwen-2.5-7b": (V5E, 4),
     "llama-3.1-8b": (V5E, 4),
-    "gemma-2-9b": (V5E, 8),
+    "gemma-2-9b": (V5E, 4),
     "llama-3.1-70b": (V5P, 8),
 }
+HOPELESS = 1.25
 LAST = {"sft": "sft", "private_sft": "private_sft", "ppo_lora": "ppo", "ppo_full": "ppo", "safe_rlhf": "ppo"}
 
 
@@ -43,11 +49,23 @@ def pod_configs() -> ModuleType:
     return module
 
 
+def predict(configs: ModuleType, job: str, shape: TransformerConfig, sizes: dict[str, int]) -> Footprint:
+    """The closed forms of a job of `configs/pod.py` on a mesh of these sizes."""
+    config = configs.get_config(f"a model,{job},{sizes['data'] * sizes['fsdp']},{sizes['tensor']}")
+    stage = config.stages[LAST[job]]
+    return of_stage(stage, computed(shape, stage.compute), sizes, LoraConfig.of(stage.lora))
+
+
+def mesh_of(model: str, job: str, devices: int) -> dict[str, int]:
+    tensor = min(SLICES[model][1], devices) if LAST[job] == "ppo" else 1
+    return {"data": 1, "fsdp": devices // tensor, "tensor": tensor}
+
+
 def plan_job(configs: ModuleType, model: str, job: str, topology: str, folder: Path) -> tuple[StagePlan, Any]:
     """(the plan of a job's last stage on a slice, its mesh); what was found is written to the folder."""
     devices = topology_devices(topology)
-    tensor = min(SLICES[model][1], len(devices)) if LAST[job] == "ppo" else 1
-    config = configs.get_config(f"{model},{job},{len(devices) // tensor},{tensor}")
+    sizes = mesh_of(model, job, len(devices))
+    config = configs.get_config(f"{model},{job},{sizes['fsdp']},{sizes['tensor']}")
     contexts = {name: Context(name, config, folder, "", devices=devices) for name in config.stages}
     context = contexts[LAST[job]]
     plan = plan_stage(context, Abstract(contexts, context.mesh()), folder, every=False)
@@ -59,6 +77,14 @@ def plan_job(configs: ModuleType, model: str, job: str, topology: str, folder: P
         found["programs"] = {one.program.name: [one.memory, one.seconds] for one in plan.compiled}
         (folder / f"{model},{job},{topology.replace(':', '-')}.plan.json").write_text(json.dumps(found))
     return plan, mesh
+
+
+def _expected(configs: ModuleType, model: str, job: str, topology: str) -> tuple[float, bool]:
+    """Bytes of a chip that a job takes by the closed forms, and whether compiling it can be spared."""
+    devices = topology_devices(topology)
+    chip, shape = chip_of(devices[0].device_kind), checkpoint_config(configs.MODELS / model)
+    expected = predict(configs, job, shape, mesh_of(model, job, len(devices))).memory
+    return expected, chip is not None and expected > HOPELESS * chip.memory
 
 
 def _row(model: str, job: str, topology: str, plan: StagePlan, mesh: Any) -> str:
@@ -93,6 +119,10 @@ def main(arguments: Sequence[str]) -> int:
         print("|---|---|---|---|---|---|", flush=True)
         for model, job in wanted:
             for topology in SLICES[model][0]:
+                expected, hopeless = _expected(configs, model, job, topology)
+                if hopeless:
+                    print(f"{model} {job} {topology}: about {expected / GIB:.0f} GiB", file=sys.stderr, flush=True)
+                    continue
                 plan, mesh = plan_job(configs, model, job, topology, folder)
                 if plan.fits:
                     print(_row(model, job, topology, plan, mesh), flush=True)

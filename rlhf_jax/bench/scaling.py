@@ -18,14 +18,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from rlhf_jax.bench.plans import LAST, pod_configs
+from rlhf_jax.bench.plans import LAST, pod_configs, predict
 from rlhf_jax.distributed.chips import GIB, V5P
 from rlhf_jax.distributed.topology import use_cpu_and_libtpu
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.reporting.plots import PALETTE, STYLE
-from rlhf_jax.stages.footprint import Footprint, of_stage
-from rlhf_jax.training.artifacts import checkpoint_config, computed
+from rlhf_jax.training.artifacts import checkpoint_config
 
 CHIPS = tuple(2**n for n in range(3, 14))
 TICKS = (8, 64, 512, 4096)
@@ -48,13 +46,6 @@ def sizes_of(shape: TransformerConfig, job: str, chips: int) -> dict[str, int]:
         tensor *= 2
     fsdp = min(chips // tensor, SHARDED // tensor)
     return {"data": chips // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
-
-
-def predict(configs: ModuleType, job: str, shape: TransformerConfig, sizes: dict[str, int]) -> Footprint:
-    """A job of `configs/pod.py` on a mesh of these sizes."""
-    config = configs.get_config(f"a model,{job},{sizes['data'] * sizes['fsdp']},{sizes['tensor']}")
-    stage = config.stages[LAST[job]]
-    return of_stage(stage, computed(shape, stage.compute), sizes, LoraConfig.of(stage.lora))
 
 
 def checks(configs: ModuleType, folder: Path) -> Iterator[dict[str, Any]]:

@@ -118,7 +118,8 @@ class Context:
         if rows % shards:
             raise UserError(
                 f"stages.{self.name}: {field} gives {rows} rows, which do not divide over {shards} devices (data "
-                f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): make the rows a multiple of {shards}"
+                f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): make the rows a multiple of {shards}, "
+                "or give mesh.tensor some of the devices"
             )
 
     def lora(self) -> LoraConfig | None:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rlhf_jax.bench.plans import pod_configs
-from rlhf_jax.bench.scaling import CHIPS, SHAPES, checks, draw, predict, sizes_of
+from rlhf_jax.bench.plans import pod_configs, predict
+from rlhf_jax.bench.scaling import CHIPS, SHAPES, checks, draw, sizes_of
 from rlhf_jax.distributed.chips import V5P
 from rlhf_jax.distributed.sharding import ROLLOUT
 from rlhf_jax.stages.footprint import Decoder, cache_bytes
