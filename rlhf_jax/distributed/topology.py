@@ -25,6 +25,7 @@ def use_cpu_and_libtpu() -> None:
     os.environ.pop("XLA_FLAGS", None)  # libtpu refuses those of other platforms
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what it holds has no text: see `topology_plan`
 
 
 def topology_devices(name: str) -> list[Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,6 @@ from rlhf_jax.stages.ahead import Program, Programs, bytes_on_device, programs_o
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.footprint import roofline
 
-# Exchanges that do not go on beside several products: as many, and readable.
-UNFUSED = {"xla_tpu_enable_async_collective_fusion": "false"}
 SHOWN = 3  # collectives of a program, those that send most
 
 
@@ -118,22 +117,24 @@ def _needed(message: str) -> float:
 
 def _compile(lowered: Any, devices: int) -> Facts:
     began = time.monotonic()
-    try:
-        compiled = lowered.compile()
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Facts(None, _needed(str(error)), [], time.monotonic() - began)
-    exchanges = collectives(_text(lowered, compiled), devices)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Facts(None, _needed(str(error)), [], time.monotonic() - began)
+        exchanges = collectives(program_text(compiled, Path(folder)), devices)
     return Facts(memory_of(compiled), 0.0, exchanges, time.monotonic() - began)
 
 
-def _text(lowered: Any, compiled: Any) -> str:
-    """The compiled program; of one that libtpu can not write down (seen of a v5p's), with its exchanges unfused."""
+def program_text(compiled: Any, folder: Path) -> str:
+    """The compiled program; from the compiler's own file where it can not be handed over (seen of a v5p's)."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        return lowered.compile(UNFUSED).as_text()
+        (path,) = folder.glob("*after_optimizations.txt")
+        return path.read_text()
 
 
 def facts_of(program: Program, devices: int, target: str, notes: Path | None = None) -> Facts:

@@ -2,22 +2,25 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.config import experiment, stage
 from rlhf_jax.distributed import make_mesh
 from rlhf_jax.distributed.chips import V5E, Chip
-from rlhf_jax.distributed.program import memory_of
+from rlhf_jax.distributed.program import collectives, memory_of
+from rlhf_jax.distributed.sharding import batch_sharding
 from rlhf_jax.models import TransformerConfig
 from rlhf_jax.models.leaves import base_leaves, count
 from rlhf_jax.stages.abstract import Abstract
 from rlhf_jax.stages.ahead import bytes_on_device, programs_of
 from rlhf_jax.stages.context import Context
 from rlhf_jax.stages.footprint import of_stage, roofline
-from rlhf_jax.stages.topology_plan import against, facts_of
+from rlhf_jax.stages.topology_plan import against, facts_of, program_text
 
 SHAPE = dict(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, ffn=48, context=64)
 LORA = dict(rank=4)
@@ -120,6 +123,20 @@ def test_what_a_program_needs_counts_what_the_stage_keeps_beside_it(tmp_path):
     one = against(programs["rewards"], facts, kept, V5E, mesh.size)
     assert one.fits and one.memory >= bytes_on_device(kept) + one.temporary
     assert not against(programs["rewards"], facts, kept, Chip(1000.0, 1e12, 1e9), mesh.size).fits
+
+
+def test_a_program_that_is_not_handed_over_is_read_from_the_compiler_s_file(tmp_path):
+    class Kept:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    sharded = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=batch_sharding(make_mesh(fsdp=2)))
+    fresh = int.from_bytes(os.urandom(3))  # no compilation cache has this program: from there no file is written
+    lowered = jax.jit(lambda x: jnp.sum(x * fresh)).lower(sharded)
+    compiled = lowered.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True})
+    (exchange,) = collectives(program_text(compiled, tmp_path), 2)
+    assert exchange.kind == "all-reduce"
+    assert collectives(program_text(Kept(), tmp_path), 2) == [exchange]
 
 
 def test_what_was_compiled_once_is_read_from_its_note(tmp_path):
