@@ -203,8 +203,9 @@ def laboratory(
 
     Returns:
       {conditions, curves, sweep, chosen}. A row of `conditions` is {proxy, adjustment, k, runs, peak_n, peak_kl, peak,
-      end, drop, falls, proxy_end, kl_end} with intervals: `peak` is the gold at the n chosen, `end` at the largest,
-      `drop` what is lost between, and gold `falls` where the interval of that leaves 0 out. `gain` and `peak_gain` are
+      end, drop, falls, runs_fall, proxy_end, kl_end} with intervals: `peak` is the gold at the n chosen, `end` at the
+      largest, `drop` what is lost between, and gold `falls` where the interval of that leaves 0 out; `runs_fall` is how
+      many runs fall so by themselves, each behind a peak of its own. `gain` and `peak_gain` are
       end and peak less the same proxy's plain ones, `first_gain` and `first_peak_gain` less the first proxy's. A row of
       `curves` is {proxy, adjustment, k, points of {n, kl_bound, kl, gold, proxy}, fit}; `chosen` is proxy -> kind -> k.
     """
@@ -246,6 +247,9 @@ def _condition(found: Method, plain: Method, first: Method, selected: Array, num
         values = one.of(~selected).gold
         return values[..., one.of(selected).farthest()], values[..., -1]
 
+    def falls(one: Method) -> bool:
+        return crossed_interval("drop", *held(one)).get("drop_low", 0.0) > ROUNDING
+
     place, other = found.of(selected).farthest(), found.of(~selected)
     peak, end = held(found)
     row = {
@@ -258,7 +262,8 @@ def _condition(found: Method, plain: Method, first: Method, selected: Array, num
         "proxy_end": float(other.proxy[..., -1].mean()),
         "kl_end": float(other.kl[..., -1].mean()),
     }
-    row["falls"] = row.get("drop_low", 0.0) > ROUNDING
+    row["falls"] = falls(found)
+    row["runs_fall"] = sum(falls(Method(*(values[[run]] for values in found))) for run in range(len(peak)))
     for prefix, baseline in (("", plain), ("first_", first)):
         if found is not baseline and (prefix == "" or plain is not first):
             before = held(baseline)

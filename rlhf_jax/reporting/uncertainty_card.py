@@ -120,6 +120,7 @@ def overoptimization_tables(figures: Mapping) -> list[Table]:
                 "end": f"gold at {last}",
                 "drop": "lost since the peak",
                 "falls": "falls",
+                "runs_fall": "runs that fall",
                 "proxy_end": f"proxy at {last}",
             },
         )
@@ -190,7 +191,8 @@ def _cell(row: Mapping, name: str) -> str:
 
 
 def _way(row: Mapping) -> str:
-    return f"{row['peak']:.2f} → {row['end']:.2f}{', falls' if row['falls'] else ''}"
+    falling = f"{row['runs_fall']} of {row['runs']} runs fall" if row["runs"] > 1 else "falls" if row["falls"] else ""
+    return f"{row['peak']:.2f} → {row['end']:.2f}{', ' if falling else ''}{falling}"
 
 
 # --- over-optimization: plots ----------------------------------------------------------------------------------------

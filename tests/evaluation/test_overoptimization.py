@@ -205,7 +205,16 @@ def test_rounding_is_no_fall():
     gold = np.repeat(np.linspace(-1.3, 1.1, 6)[:, None], 7, axis=1)
     proxy = Moments(np.random.default_rng(0).normal(size=gold.shape).astype(np.float32))
     plain, _ = laboratory({"proxy": [proxy, proxy]}, standardized(gold), {}, np.arange(6) < 3)["conditions"]
-    assert plain["peak_n"] == 1 and plain["falls"] is False
+    assert plain["peak_n"] == 1 and plain["falls"] is False and plain["runs_fall"] == 0
+
+
+def test_runs_that_fall_are_counted_where_their_mean_does_not():
+    """One run ranks a middling answer first, two rank by gold itself: their mean rises, and one of three falls."""
+    gold = np.tile(np.arange(8.0), (6, 1)) + 0.01 * np.random.default_rng(0).normal(size=(6, 8))
+    good, bad = Moments(gold), Moments(np.where(np.rint(gold) == 4, 9.0, gold))
+    row, oracle = laboratory({"proxy": [good, bad, good]}, standardized(gold), {}, np.arange(6) < 3)["conditions"]
+    assert row["peak_n"] == 8 and not row["falls"]
+    assert (row["runs_fall"], row["runs"], oracle["runs_fall"]) == (1, 3, 0)
 
 
 def test_proxies_are_compared_with_their_own_mean_and_with_the_first():
