@@ -8,11 +8,11 @@ labelled, exactly or with 25 % of the labels turned round. Each is a MAP model, 
 an ensemble of five, and a posterior of each of these five. Best of 512 by each, plain and with its uncertainty against
 a reference answer taken off, is scored by gold; PPO against the larger ones too. Three seeds each.
 
-Measured on 2 CPU cores, smaller proxies, gold of the best of 512 in standard deviations of the policy's answers: noisy
-MAP 0.59 [0.10, 1.08], which had 0.99 at n = 64; Laplace 1.39 [0.99, 1.79]; worst of the ensemble 1.44 [1.25, 1.64];
-Laplace of its members 1.72 [1.52, 1.92]; clean all between 1.95 and 2.13. Larger proxies, noisy: MAP 1.32 [1.04, 1.59],
-Laplace of the members 1.81 [1.67, 1.96], and by the world's true worth 0.64 [-0.62, 1.91] and 1.91 [1.54, 2.29]. All
-103 stages took 157 minutes by their clocks, the last 32 with other jobs on both cores; the first 71 had taken 34.
+Measured on 2 CPU cores, 103 stages in 1 h 53 min with other jobs beside most of them. Larger proxies of noisy labels,
+true worth of the best of 512 in standard deviations of the policy's answers: MAP 0.31 [-0.37, 0.99], which had 0.92
+at n = 16, in all three runs; Laplace 1.43 [1.18, 1.68]; worst of the ensemble 1.39 [0.62, 2.16]; Laplace of its members
+1.53 [0.71, 2.36]. By the gold model MAP 1.09 [0.56, 1.63], the others 1.44 to 1.60; clean all between 1.90 and 2.28.
+Another machine rounds otherwise and so makes another world: README.md has both.
 
     python -m rlhf_jax.main --config=configs/bayesian_reward.py:small --workdir=runs/bayesian_small
 

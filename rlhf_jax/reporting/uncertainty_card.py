@@ -191,8 +191,11 @@ def _cell(row: Mapping, name: str) -> str:
 
 
 def _way(row: Mapping) -> str:
-    falling = f"{row['runs_fall']} of {row['runs']} runs fall" if row["runs"] > 1 else "falls" if row["falls"] else ""
-    return f"{row['peak']:.2f} → {row['end']:.2f}{', ' if falling else ''}{falling}"
+    if row["runs"] > 1 and "runs_fall" in row:  # results of before lack it
+        falling = f", {row['runs_fall']} of {row['runs']} runs fall"
+    else:
+        falling = ", falls" if row["falls"] else ""
+    return f"{row['peak']:.2f} → {row['end']:.2f}{falling}"
 
 
 # --- over-optimization: plots ----------------------------------------------------------------------------------------
