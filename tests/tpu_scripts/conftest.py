@@ -72,6 +72,12 @@ fi
 """
 
 
+def heed_signals():
+    """A shell that starts the tests in the background has them ignore SIGINT, libtpu SIGHUP; bash can not undo that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Machine:
     """Runs scripts with the stand-ins first on PATH, and tells what they were called with."""
 
@@ -109,8 +115,7 @@ class Machine:
         path = script if isinstance(script, Path) else SCRIPTS / script
         command = ["bash", str(path), *map(str, args)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-        # A shell that started the tests in the background has them ignore SIGINT, and bash can not undo that itself.
-        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        options["preexec_fn"] = heed_signals
         return subprocess.Popen(command, env=self.environment, cwd=self.folder, **options | kwargs)
 
     def run(self, script, *args, **kwargs):
