@@ -71,10 +71,11 @@ start() {
 }
 
 state() {
-  local folder=$runs/$name
+  local folder=$runs/$name going=''
+  ! running "$folder" || going=1  # asked first: a run that ends between the two questions has left its status
   if [[ -e $folder/status ]]; then
     echo "state $(<"$folder/status")"
-  elif running "$folder"; then
+  elif [[ -n $going ]]; then
     echo 'state running'
   else
     echo 'state lost'

@@ -70,6 +70,16 @@ def test_wait_ends_with_the_runs_status(worker, status):
     assert done.stderr.splitlines()[-1] == f"first: {status}"
 
 
+def test_a_run_that_ends_while_its_state_is_asked_is_not_lost(worker):
+    until_ended = "while [[ ! -e ~/rlhf_jax_runs/first/status ]]; do sleep 0.05; done"
+    slow = f'[[ ${{!#}} != true ]] || {until_ended}\nsleep 0.2; exec /usr/bin/flock "$@"'
+    (worker.bin / "flock").write_text(f"#!/bin/bash\n{slow}\n")
+    (worker.bin / "flock").chmod(0o755)
+    worker.program("time.sleep(0.5); sys.exit(3)")
+    done = worker.run("launch.sh", "run", "--wait", "--every=0", *RUN)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (3, "first: 3")
+
+
 @pytest.mark.parametrize(
     ("states", "status"),
     [(["0", "0"], 0), (["1", "75"], 75), (["75", "2"], 2), (["0", "134"], 134), (["0", "lost"], 1)],
