@@ -71,15 +71,10 @@ start() {
 }
 
 state() {
-  local folder=$runs/$name going=''
-  ! running "$folder" || going=1  # asked first: a run that ends between the two questions has left its status
-  if [[ -e $folder/status ]]; then
-    echo "state $(<"$folder/status")"
-  elif [[ -n $going ]]; then
-    echo 'state running'
-  else
-    echo 'state lost'
-  fi
+  local folder=$runs/$name state=lost
+  ! running "$folder" || state=running  # asked first: a run that ends between the two questions has left its status
+  [[ ! -e $folder/status ]] || state=$(<"$folder/status")
+  echo "state $state"
 }
 
 stop() {

@@ -86,8 +86,7 @@ class Machine:
         self.home.mkdir()
         self.bin.mkdir()
         for name, text in {"gcloud": CLOUD, "kubectl": CLOUD, "python": PROGRAM, "uv": UV}.items():
-            (self.bin / name).write_text(text.format(python=sys.executable))
-            (self.bin / name).chmod(0o755)
+            self.command(name, text.format(python=sys.executable))
         self.environment = {
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "HOME": str(self.home),
@@ -98,6 +97,11 @@ class Machine:
         }
         self.rules()
         self.program("sys.exit(0)")
+
+    def command(self, name, text):
+        """Puts a command first on PATH."""
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
 
     def rules(self, *rules):
         """Each (words of the command, reply, ...): a reply is what it prints, or the status it fails with."""

@@ -73,8 +73,7 @@ def test_wait_ends_with_the_runs_status(worker, status):
 def test_a_run_that_ends_while_its_state_is_asked_is_not_lost(worker):
     until_ended = "while [[ ! -e ~/rlhf_jax_runs/first/status ]]; do sleep 0.05; done"
     slow = f'[[ ${{!#}} != true ]] || {until_ended}\nsleep 0.2; exec /usr/bin/flock "$@"'
-    (worker.bin / "flock").write_text(f"#!/bin/bash\n{slow}\n")
-    (worker.bin / "flock").chmod(0o755)
+    worker.command("flock", f"#!/bin/bash\n{slow}\n")
     worker.program("time.sleep(0.5); sys.exit(3)")
     done = worker.run("launch.sh", "run", "--wait", "--every=0", *RUN)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (3, "first: 3")
